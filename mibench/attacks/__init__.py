@@ -1,0 +1,1 @@
+"""Attacks: how a curious server rebuilds the image from what it received."""

@@ -1,0 +1,1 @@
+"""Diffusion attacks: a denoising prior and one guided sampler for all variants."""

@@ -1,0 +1,123 @@
+"""The diffusion attack: sample from a prior, guided by what the servers received."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mibench import seeding
+from mibench.artifacts import Checkpoint
+from mibench.attacks.base import Attack, Workshop
+from mibench.attacks.decoder import Decoder
+from mibench.attacks.diffusion.prior import Prior, PriorParams, get_prior
+from mibench.attacks.diffusion.sampler import SamplerParams, sample
+from mibench.attacks.tuning import best_weight
+from mibench.data.base import ImageSet
+from mibench.defenses.base import Shares
+from mibench.files import Json
+from mibench.params import Parameters
+from mibench.registry import attacks
+from mibench.threat import Knowledge, Target
+
+
+@attacks.register("diffusion", knowledge="white_box", paper="DPS 2209.14687, DRAG 2509.11724")
+class Diffusion(Attack):
+    """Guided sampling from an unconditional diffusion prior, from noise or from a decoder's image.
+
+    The residual that guides is sqrt(-2 log p(z | client(x_0)) / dim(z)) under the defense's own law
+    and over received values only: for Gaussian noise this is |z - client(x_0)| over its expected
+    size, as in DPS. ``start: decoder`` begins at the decoder attack's image, noised to ``strength``
+    (the warm start of DRAG++); ``start: noise`` is plain DPS or DRAG. The step size of DPS is
+    chosen for every target on the attacker's validation images, with the same grid for every
+    defense.
+    """
+
+    knowledge = Knowledge.WHITE_BOX
+
+    class Params(Parameters):
+        """Start, guidance, prior, and the grid of step sizes."""
+
+        start: Literal["decoder", "noise"] = "decoder"
+        sampler: SamplerParams = SamplerParams()
+        scales: tuple[float, ...] = Field(
+            default=(0.03, 0.1, 0.3, 1.0), min_length=1, description="grid of DPS step sizes"
+        )
+        tuning_images: int = Field(default=16, gt=0, description="validation images per step size")
+        prior: PriorParams = PriorParams()
+        decoder: Decoder.Params = Decoder.Params()
+
+    params: Params
+
+    def __init__(self, params: Params, workshop: Workshop) -> None:
+        super().__init__(params, workshop)
+        self._decoder = Decoder(params.decoder, workshop)
+        self._target: Target | None = None
+        self._prior: Prior | None = None
+        self._scale = 0.0
+        self._facts: dict[str, Json] = {}
+
+    def prepare(self, target: Target, auxiliary: ImageSet, validation: ImageSet) -> None:
+        """Trains or loads prior and decoder, then chooses the step size on validation images."""
+        self._target = target
+        self._prior, prior_facts = get_prior(
+            self.params.prior, self.workshop, auxiliary, validation
+        )
+        if self.params.start == "decoder":
+            self._decoder.prepare(target, auxiliary, validation)
+
+        def make(_: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Json]]:
+            some = validation.take(self.params.tuning_images).images().to(self.workshop.device)
+            with seeding.stream(self.workshop.seed, "diffusion tuning"):
+                shares = target.query(some)
+                facts = best_weight(some, shares, self._candidates(), self._sample)
+            return {}, facts
+
+        spec = {**self.spec(), "target": target.identity, "validation": validation.identity}
+        tuned = self.workshop.keep("tuning", spec, make)
+        self._scale = float(tuned.facts["weight"])  # type: ignore[arg-type]
+        self._facts = {"scale": tuned.facts, "prior": prior_facts, "decoder": self._decoder.facts()}
+
+    def reconstruct(self, shares: Shares) -> Tensor:
+        """One guided sample per image."""
+        count = len(shares[0])
+        return self._sample(shares, torch.full((count,), self._scale, device=shares[0].device))
+
+    @torch.no_grad()
+    def blind(self, count: int) -> Tensor:
+        """Unconditional samples of the prior."""
+        assert self._prior is not None, "prepare() comes first"
+        device = self.workshop.device
+        start = torch.zeros(count, *self.workshop.image_shape, device=device)
+        scale = torch.zeros(count, device=device)
+        return sample(self._prior, None, scale, self.params.sampler, start, from_noise=True)
+
+    def facts(self) -> dict[str, Json]:
+        """The chosen step size with its validation errors, the prior and the decoder."""
+        return self._facts
+
+    def _candidates(self) -> tuple[float, ...]:
+        # DSG takes only the direction of the gradient: there is no step size to choose.
+        return self.params.scales if self.params.sampler.guidance == "dps" else (1.0,)
+
+    def _sample(self, shares: Shares, scale: Tensor) -> Tensor:
+        assert self._target is not None, "prepare() comes first"
+        assert self._prior is not None, "prepare() comes first"
+        target, values = self._target, sum(share[0].numel() for share in shares)
+
+        def residual(images: Tensor) -> Tensor:
+            likelihood = target.log_likelihood(shares, target.client(images))
+            return (-2 * likelihood / values).clamp_min(1e-12).sqrt()
+
+        from_noise = self.params.start == "noise"
+        shape = (len(shares[0]), *self.workshop.image_shape)
+        start = (
+            torch.zeros(shape, device=shares[0].device)
+            if from_noise
+            else self._decoder.reconstruct(shares)
+        )
+        return sample(
+            self._prior, residual, scale, self.params.sampler, start, from_noise=from_noise
+        )

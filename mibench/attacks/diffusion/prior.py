@@ -1,0 +1,161 @@
+"""The prior: an unconditional denoising diffusion model of images (Ho et al., arXiv 2006.11239)."""
+
+from __future__ import annotations
+
+import diffusers
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mibench import seeding
+from mibench.artifacts import Checkpoint
+from mibench.attacks.base import Workshop
+from mibench.data.base import ImageSet
+from mibench.errors import UnavailableError
+from mibench.files import Json
+from mibench.params import Parameters
+from mibench.protocol import Recipe
+from mibench.training import Losses, Step, augment, optimise, shuffled_batch
+
+AVERAGE = 0.999
+"""Decay of the weights' moving average."""
+
+
+class PriorParams(Parameters):
+    """Which prior: trained on auxiliary images, or loaded from the hub."""
+
+    pretrained: str | None = Field(
+        default=None,
+        description="hub id of an unconditional UNet2DModel with its scheduler; it may have seen "
+        "other images than the auxiliary ones, private ones included",
+    )
+    steps: int = Field(default=2000, gt=0, description="training steps")
+    batch: int = Field(default=64, gt=0, description="images per step")
+    lr: float = Field(default=1e-3, gt=0, description="peak learning rate of AdamW")
+    channels: tuple[int, ...] = Field(
+        default=(64, 128, 128), min_length=2, description="channels of the UNet's levels"
+    )
+    layers: int = Field(default=1, gt=0, description="residual blocks per level")
+    patch: int = Field(default=2, ge=1, description="side of the pixel patches the UNet works on")
+    timesteps: int = Field(default=1000, gt=1, description="T, noise levels")
+
+
+class Prior(nn.Module):
+    """A noise predictor eps(x_t, t) with its noise schedule.
+
+    Images are in [-1, 1] here, as in the paper. With ``patch`` f the UNet works on f x f pixel
+    patches folded into channels, which makes it several times faster on small images.
+
+    Attributes:
+        signal: cumulative products abar_t, (T,); x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps.
+    """
+
+    signal: Tensor
+
+    def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler, patch: int) -> None:
+        super().__init__()
+        self.unet = unet
+        self.patch = patch
+        self.timesteps = int(scheduler.config.num_train_timesteps)
+        self.register_buffer("signal", scheduler.alphas_cumprod.clone().double())
+
+    def forward(self, noisy: Tensor, timestep: Tensor) -> Tensor:
+        """Predicts the noise in ``noisy`` (B, 3, H, W) at ``timestep`` (B,)."""
+        folded = F.pixel_unshuffle(noisy, self.patch)
+        return F.pixel_shuffle(self.unet(folded, timestep).sample, self.patch)
+
+    def add_noise(self, images: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """Returns x_t for clean images in [-1, 1]."""
+        signal = self.signal[timestep].to(images.dtype).view(-1, 1, 1, 1)
+        return signal.sqrt() * images + (1 - signal).sqrt() * noise
+
+
+def get_prior(
+    params: PriorParams, workshop: Workshop, auxiliary: ImageSet, validation: ImageSet
+) -> tuple[Prior, dict[str, Json]]:
+    """Loads the prior from the hub, or trains it on auxiliary images (or takes it from the cache).
+
+    Returns:
+        The prior in evaluation mode, and facts: where it comes from and its validation loss.
+
+    Raises:
+        UnavailableError: the pretrained prior cannot be downloaded.
+    """
+    if params.pretrained is not None:
+        prior = _from_hub(params.pretrained).to(workshop.device).eval()
+        return prior, {"source": params.pretrained, "saw": "unknown: see the model's card"}
+    with seeding.stream(workshop.seed, "prior"):
+        prior = _build(params, workshop.image_shape).to(workshop.device)
+    recipe = Recipe(
+        steps=params.steps, batch=params.batch, optimizer="adamw", lr=params.lr,
+        weight_decay=1e-4, warmup=0.05, clip=1.0, crop=0,
+    )  # fmt: skip
+
+    def make(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Json]]:
+        def losses(step: Step) -> Losses:
+            index = shuffled_batch(len(auxiliary), params.batch, workshop.seed, step.index)
+            images = augment(auxiliary.images(index), recipe, step.generator)
+            return {"eps": _denoising_error(prior, images.to(workshop.device), step.generator)}
+
+        facts = optimise(
+            prior, losses, recipe, seed=workshop.seed, checkpoint=checkpoint,
+            title="Training diffusion prior", average=AVERAGE,
+        )  # fmt: skip
+        with torch.no_grad():
+            some = validation.take(512).images().to(workshop.device)
+            draws = seeding.generator(workshop.seed, "prior validation")
+            facts["validation_loss"] = _denoising_error(prior, some, draws).item()
+        return prior.state_dict(), facts
+
+    spec: dict[str, Json] = {
+        "params": params.model_dump(mode="json"),
+        "image_shape": list(workshop.image_shape),
+        "auxiliary": auxiliary.identity,
+        "version": 1,
+    }
+    artifact = workshop.keep("prior", spec, make)
+    prior.load_state_dict(artifact.tensors)
+    facts = {"source": "auxiliary", "validation_loss": artifact.facts["validation_loss"]}
+    return prior.eval(), facts
+
+
+def _denoising_error(prior: Prior, images: Tensor, generator: torch.Generator) -> Tensor:
+    """E |eps - eps(x_t, t)|^2 over uniform t: the simple loss of Ho et al., equation 14."""
+    noise = torch.randn(images.shape, generator=generator).to(images.device)
+    timestep = torch.randint(0, prior.timesteps, (len(images),), generator=generator)
+    timestep = timestep.to(images.device)
+    noisy = prior.add_noise(2 * images - 1, noise, timestep)
+    return F.mse_loss(prior(noisy, timestep).float(), noise)
+
+
+def _build(params: PriorParams, image_shape: tuple[int, int, int]) -> Prior:
+    channels, height, _ = image_shape
+    levels = len(params.channels)
+    unet = UNet2DModel(
+        sample_size=height // params.patch,
+        in_channels=channels * params.patch**2,
+        out_channels=channels * params.patch**2,
+        block_out_channels=params.channels,
+        layers_per_block=params.layers,
+        down_block_types=("DownBlock2D",) * levels,
+        up_block_types=("UpBlock2D",) * levels,
+        norm_num_groups=16,
+    )
+    scheduler = DDPMScheduler(params.timesteps, beta_schedule="squaredcos_cap_v2")
+    return Prior(unet, scheduler, params.patch)
+
+
+def _from_hub(name: str) -> Prior:
+    diffusers.utils.logging.set_verbosity_error()
+    try:
+        unet = UNet2DModel.from_pretrained(name, use_safetensors=True)
+        scheduler = DDPMScheduler.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UnavailableError(
+            f"cannot get the diffusion prior {name!r} as safetensors from the hub; connect to the "
+            "internet, check the id, or leave attack.prior.pretrained out to train a prior on "
+            "auxiliary images."
+        ) from error
+    return Prior(unet, scheduler, patch=1)

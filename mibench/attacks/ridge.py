@@ -1,0 +1,51 @@
+"""Ridge regression from shares to pixels: the cheapest inversion, used to find the worst share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mibench import seeding
+from mibench.defenses.base import Shares
+
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
+"""Candidates, relative to the mean variance of the inputs times their number."""
+MAX_INPUTS = 2048
+"""Longer messages are projected at random to this length, which keeps most of what is linear."""
+
+
+def ridge_error(
+    shares: Shares, images: Tensor, other_shares: Shares, other_images: Tensor, seed: int
+) -> float:
+    """Fits on one set and returns the mean squared error on the other, with the best penalty.
+
+    Args:
+        shares: what the adversary receives for ``images``, batch axis first.
+        images: (N, 3, H, W) in [0, 1].
+        other_shares: shares of ``other_images``.
+        other_images: (M, 3, H, W) in [0, 1].
+        seed: of the random projection.
+    """
+    x, other_x = _flat(shares), _flat(other_shares)
+    y = images.flatten(1)
+    if x.shape[1] > MAX_INPUTS:
+        draws = seeding.generator(seed, "ridge projection")
+        projection = torch.randn(x.shape[1], MAX_INPUTS, generator=draws) / math.sqrt(x.shape[1])
+        x, other_x = x @ projection.to(x.device), other_x @ projection.to(x.device)
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    x = x - mean_x
+    gram, cross = x.T @ x, x.T @ (y - mean_y)
+    scale = gram.diagonal().mean().clamp_min(1e-12)
+    identity = torch.eye(len(gram), device=gram.device)
+    errors = []
+    for penalty in PENALTIES:
+        weights = torch.linalg.solve(gram + penalty * scale * identity, cross)
+        guess = ((other_x - mean_x) @ weights + mean_y).clamp(0, 1)
+        errors.append((guess - other_images.flatten(1)).square().mean().item())
+    return min(errors)
+
+
+def _flat(shares: Shares) -> Tensor:
+    return torch.cat([share.flatten(1) for share in shares], dim=1)

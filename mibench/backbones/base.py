@@ -1,0 +1,125 @@
+"""A backbone is a list of named stages; a split cuts that list behind one of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mibench import seeding
+from mibench.errors import UnknownNameError
+from mibench.files import Json
+from mibench.params import Parameters, build
+from mibench.registry import backbones
+from mibench.suggest import unknown
+
+
+class Normalise(nn.Module):
+    """Maps images in [0, 1] to zero mean and unit deviation; normalisation lives in the backbone."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
+
+
+class Backbone(ABC):
+    """A family of classifiers. A subclass builds the stages and the branches of its family.
+
+    Args:
+        params: the family's own parameters.
+        image_shape: (3, H, W).
+        classes: number of classes.
+    """
+
+    required: ClassVar[tuple[str, ...]] = ("stages", "branch")
+    name: ClassVar[str]
+    version: ClassVar[int]
+
+    class Params(Parameters):
+        """Parameters of the family."""
+
+    def __init__(self, params: Params, image_shape: tuple[int, int, int], classes: int) -> None:
+        self.params = params
+        self.image_shape = image_shape
+        self.classes = classes
+
+    @abstractmethod
+    def stages(self) -> dict[str, nn.Module]:
+        """Builds the stages in order; applied one after the other they map images to logits.
+
+        Every name but the last is a split point.
+        """
+
+    @abstractmethod
+    def branch(self, share_shape: tuple[int, ...], outputs: int, width: int) -> nn.Module:
+        """Builds a smaller server part of the family that reads a share of any shape.
+
+        Args:
+            share_shape: shape of one share without the batch axis.
+            outputs: length of the reply.
+            width: channels of the branch's first stage.
+        """
+
+
+class Split(nn.Module):
+    """A classifier cut at a split point.
+
+    Attributes:
+        client: images (B, 3, H, W) in [0, 1] → features.
+        server: features → logits (B, classes).
+        feature_shape: shape of the features without the batch axis.
+    """
+
+    def __init__(self, backbone: Backbone, split_point: str) -> None:
+        """Builds the backbone and cuts it behind ``split_point``.
+
+        Raises:
+            UnknownNameError: the backbone has no such split point.
+        """
+        super().__init__()
+        stages = backbone.stages()
+        points = list(stages)[:-1]
+        if split_point not in points:
+            raise UnknownNameError(unknown(f"split point of {backbone.name}", split_point, points))
+        cut = points.index(split_point) + 1
+        self.backbone = backbone
+        self.client = nn.Sequential(*list(stages.values())[:cut])
+        self.server = nn.Sequential(*list(stages.values())[cut:])
+        self.image_shape = backbone.image_shape
+        self.classes = backbone.classes
+        with torch.no_grad():
+            self.client.eval()
+            features: Tensor = self.client(torch.zeros(1, *self.image_shape))
+        self.client.train()
+        self.feature_shape = tuple(features.shape[1:])
+
+    def branch(self, share_shape: tuple[int, ...], outputs: int, width: int) -> nn.Module:
+        """Builds a server branch of the same family; see `Backbone.branch`."""
+        return self.backbone.branch(share_shape, outputs, width)
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """Which classifier, with which parameters, cut where."""
+
+    name: str
+    params: Mapping[str, Json]
+    split_point: str
+
+    def build(self, image_shape: tuple[int, int, int], classes: int, seed: int) -> Split:
+        """Builds the split with initial weights from the stream ``backbone`` of ``seed``."""
+        family = backbones.load(self.name)
+        params = build(family.Params, self.params, f"backbone {self.name}")
+        with seeding.stream(seed, "backbone"):
+            return Split(family(params, image_shape, classes), self.split_point)

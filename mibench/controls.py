@@ -1,0 +1,38 @@
+"""Controls: what an attacker gets without looking at the features of the image under attack.
+
+*Prior-only* is the best blind guess, *permuted* is the attack itself on another image's shares. An
+attack that does not beat both has learned nothing from the features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mibench.data.base import ImageSet
+from mibench.defenses.base import Shares
+
+
+def blind_guesses(auxiliary: ImageSet, count: int) -> dict[str, Tensor]:
+    """Guesses made from auxiliary images alone.
+
+    Args:
+        auxiliary: the attacker's images.
+        count: number of images to guess.
+
+    Returns:
+        By name, (count, 3, H, W) in [0, 1]: ``mean-image``, and ``typical-image``, the auxiliary
+        image with the least mean squared distance to all others (that is, nearest to their mean).
+    """
+    images = auxiliary.images()
+    mean = images.mean(0)
+    typical = images[(images - mean).square().flatten(1).sum(1).argmin()]
+    return {
+        "mean-image": mean.expand(count, *mean.shape),
+        "typical-image": typical.expand(count, *typical.shape),
+    }
+
+
+def permute(shares: Shares) -> Shares:
+    """Gives every image the shares of its successor, so that none keeps its own."""
+    return tuple(torch.roll(share, -1, dims=0) for share in shares)

@@ -1,0 +1,1 @@
+"""Image sets: the embedded procedural one, and real ones in the hub's parquet layout."""

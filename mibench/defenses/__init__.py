@@ -1,0 +1,1 @@
+"""Defenses: what the client does to its features before it sends them."""

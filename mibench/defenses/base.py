@@ -1,0 +1,143 @@
+"""What a defense is: the client's protection, one server function per share, and the fusion."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mibench import seeding
+from mibench.artifacts import Checkpoint
+from mibench.backbones.base import Split
+from mibench.data.base import ImageSet
+from mibench.files import Json
+from mibench.params import Parameters
+from mibench.protocol import Recipe
+from mibench.training import Losses, Step, augment, optimise, shuffled_batch
+
+Shares = tuple[Tensor, ...]
+"""What the client sends: one tensor per server, batch axis first."""
+
+TOLERANCE = 0.05
+"""Deviation, in units of a share's RMS, that an attacker allows a deterministic client's message."""
+
+
+class Defense(nn.Module, ABC):
+    """A classifier split over a client and one or more servers, with a protection between them.
+
+    A subclass overrides `protect`, and where it has more than one server or a client-side fusion,
+    `servers`, `serve` and `fuse`. A randomised defense also overrides `predict` and
+    `log_likelihood`, so that every attack meets its true law.
+
+    Args:
+        split: the classifier, cut at the protocol's split point, with fresh weights.
+        params: the defense's own parameters.
+    """
+
+    required: ClassVar[tuple[str, ...]] = ("protect",)
+    name: ClassVar[str]
+    version: ClassVar[int]
+
+    class Params(Parameters):
+        """Parameters of the defense; each field becomes a ``--set defense.<field>`` option."""
+
+    def __init__(self, split: Split, params: Params) -> None:
+        super().__init__()
+        self.params = params
+        self.client = split.client
+        self.server = split.server
+
+    @property
+    def servers(self) -> int:
+        """Number of servers that each receive one share."""
+        return 1
+
+    @abstractmethod
+    def protect(self, images: Tensor) -> Shares:
+        """Client: images (B, 3, H, W) in [0, 1] → one share per server, randomness included."""
+
+    def serve(self, index: int, share: Tensor) -> Tensor:  # noqa: ARG002
+        """Server ``index``: its own share → its reply (B, ...); it never sees another share."""
+        reply: Tensor = self.server(share)
+        return reply
+
+    def fuse(self, replies: tuple[Tensor, ...]) -> Tensor:
+        """Client: the servers' replies → logits (B, classes)."""
+        return replies[0]
+
+    @final
+    def forward(self, images: Tensor) -> Tensor:
+        """Images → logits (B, classes), along the only path there is."""
+        shares = self.protect(images)
+        return self.fuse(tuple(self.serve(k, share) for k, share in enumerate(shares)))
+
+    def predict(self, images: Tensor) -> Shares:
+        """The message's parameters before any randomness; differentiable in the images.
+
+        A deterministic defense sends exactly this.
+        """
+        return self.protect(images)
+
+    def log_likelihood(self, shares: Shares, predicted: Shares) -> Tensor:
+        """Log-density (B,) of received shares given `predict`'s output, up to a constant.
+
+        Both tuples hold the corrupted servers' shares only. For a deterministic client this is a
+        Gaussian whose deviation is `TOLERANCE` times the share's RMS, per image.
+        """
+        total = shares[0].new_zeros(len(shares[0]))
+        for share, guess in zip(shares, predicted, strict=True):
+            scale = TOLERANCE * share.flatten(1).square().mean(1).sqrt().clamp_min(1e-6)
+            total = total - (share - guess).flatten(1).square().sum(1) / (2 * scale.square())
+        return total
+
+    def loss(self, images: Tensor, labels: Tensor, step: Step) -> Losses:  # noqa: ARG002
+        """Named loss terms (scalars) of one training step; the trainer minimises their sum.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1], augmented.
+            labels: (B,) class indices.
+            step: where training stands.
+        """
+        return {"task": F.cross_entropy(self(images), labels)}
+
+    def fit(self, train: ImageSet, recipe: Recipe, seed: int, checkpoint: Checkpoint) -> Facts:
+        """Trains client, servers and fusion jointly; returns facts for the record."""
+        device = next(self.parameters()).device
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+        def losses(step: Step) -> Losses:
+            index = shuffled_batch(len(train), recipe.batch, seed, step.index)
+            images = train.images(index).to(device)
+            images = augment(images, recipe, step.generator)
+            images = images.contiguous(memory_format=torch.channels_last)
+            return self.loss(images, train.labels[index].to(device), step)
+
+        title = f"Training {self.name}"
+        facts = optimise(self, losses, recipe, seed=seed, checkpoint=checkpoint, title=title)
+        return facts | self.describe()
+
+    def describe(self) -> Facts:
+        """Facts about the trained defense for the record, such as what its masks became."""
+        return {}
+
+    def client_modules(self) -> Iterable[nn.Module]:
+        """Modules that run on the client, for the cost of its parameters."""
+        return [self.client]
+
+    @torch.no_grad()
+    def transmit(self, images: ImageSet, batch: int, seed: int) -> Shares:
+        """Sends a whole set through the client: one transmission per image, on the CPU."""
+        device = next(self.parameters()).device
+        sent: list[Shares] = []
+        with seeding.stream(seed, "transmission"):
+            for start in range(0, len(images), batch):
+                chunk = images.images(slice(start, start + batch)).to(device)
+                sent.append(tuple(share.cpu() for share in self.protect(chunk)))
+        return tuple(torch.cat(parts) for parts in zip(*sent, strict=True))
+
+
+Facts = dict[str, Json]

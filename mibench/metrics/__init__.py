@@ -1,0 +1,1 @@
+"""What the attacker recovered, what it cost the client, and how sure we are of both."""

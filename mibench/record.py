@@ -1,0 +1,162 @@
+"""The result record: one JSON file per (defense, attack, protocol, seed).
+
+When a field is added or changes its meaning, raise `FORMAT` and teach `read_record` the old one.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+
+from mibench.errors import RecordError
+from mibench.files import content_id, pretty_json
+
+FORMAT = 1
+"""Version of the format that this code writes."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Component(_Part):
+    """A defense, attack or backbone with its parameters, defaults spelled out."""
+
+    name: str
+    version: int
+    code: str
+    params: dict[str, JsonValue]
+
+
+class Score(_Part):
+    """One number with its interval; ``value`` is null exactly when ``reason`` says why."""
+
+    metric: str
+    version: int
+    unit: str
+    higher_is_better: bool
+    value: float | None
+    ci_low: float | None
+    ci_high: float | None
+    n: int
+    source: str | None = None
+    reason: str | None = None
+
+
+class ProtocolId(_Part):
+    """Which protocol: its id and the hash of its content."""
+
+    id: str
+    content: str
+    track: str
+    ranked: bool
+
+
+class AdversaryFacts(_Part):
+    """Who attacked: knowledge, the servers read, and the screening that chose them.
+
+    ``screening`` gives, for every coalition of that size, the ridge regression's mean squared error
+    on the attacker's validation images; the coalition with the least error is attacked.
+    """
+
+    knowledge: str
+    corrupted: list[int]
+    screening: dict[str, float]
+    queries: int
+
+
+class Cost(_Part):
+    """What the defense costs per image. FLOPs count two per multiply-add."""
+
+    client_parameters: int
+    client_flops: int
+    undefended_client_flops: int
+    bytes_up: int
+    bytes_down: int
+    values_per_server: list[int]
+    image_values: int
+
+
+class Record(_Part):
+    """The result of one run.
+
+    Attributes:
+        format_version: version of this format.
+        status: ``started`` while it runs (or was killed), ``success`` or ``error``.
+        error: what went wrong, for ``error``.
+        deviations: how the run departs from its protocol; a run that departs is not ranked.
+        manifest: SHA-256 over the hashes of the attacked images, in order.
+        scores: the attack on the defense. Of reconstructions against originals, so that "better"
+            means nearer to the original, which is worse for privacy.
+        undefended: the same attack on the undefended split.
+        prior_only: the best blind guess, per metric; ``source`` names the guess.
+        permuted: the attack on other images' shares.
+        leakage: normalised: 0 is a blind guess, 1 is the undefended split.
+        utility: accuracy of the defended and of the undefended model on all private images.
+    """
+
+    format_version: int = FORMAT
+    status: Literal["started", "success", "error"]
+    error: str | None = None
+    protocol: ProtocolId
+    defense: Component
+    attack: Component
+    backbone: Component
+    seed: int
+    deviations: list[str]
+    started: str
+    wall_seconds: float | None = None
+    manifest: str | None = None
+    adversary: AdversaryFacts | None = None
+    scores: list[Score] = []
+    undefended: list[Score] = []
+    prior_only: list[Score] = []
+    permuted: list[Score] = []
+    leakage: list[Score] = []
+    utility: list[Score] = []
+    cost: Cost | None = None
+    defense_facts: dict[str, JsonValue] = {}
+    attack_facts: dict[str, JsonValue] = {}
+    files: dict[str, str] = {}
+    provenance: dict[str, JsonValue]
+
+    @property
+    def id(self) -> str:
+        """Hash of the content; names the record."""
+        return content_id(self.model_dump(mode="json"))
+
+    def to_json(self) -> bytes:
+        """Returns the record as canonical, indented JSON."""
+        return pretty_json(self.model_dump(mode="json"))
+
+
+def read_record(path: Path) -> Record:
+    """Reads a record from a file, or from ``record.json`` in a folder.
+
+    Raises:
+        RecordError: there is none, it is broken, or a newer mibench wrote it.
+    """
+    path = path / "record.json" if path.is_dir() else path
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecordError(f"no record at {path}; give the folder that a run has written") from error
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{path} is not a readable record ({error})") from error
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if not isinstance(version, int):
+        raise RecordError(f"{path} is not a mibench record: it has no format_version")
+    if version > FORMAT:
+        raise RecordError(
+            f"{path} has format version {version}, but this mibench reads up to {FORMAT}; "
+            "install a newer mibench"
+        )
+    try:
+        return Record.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise RecordError(f"{path} is not a valid record: {where}: {first['msg']}") from error

@@ -1,0 +1,111 @@
+"""The threat model: what an adversary knows, which servers it reads, and the target it is handed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from mibench.errors import ThreatModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mibench.defenses.base import Defense, Shares
+
+
+class Knowledge(StrEnum):
+    """What the adversary knows of the client, weakest first.
+
+    ``data_only``: observed shares and auxiliary images. ``black_box``: it can also send images
+    through the client and see the shares. ``white_box``: it also has the client's weights and the
+    defense's law, so that it can differentiate through the client.
+    """
+
+    DATA_ONLY = "data_only"
+    BLACK_BOX = "black_box"
+    WHITE_BOX = "white_box"
+
+    def grants(self, needed: Knowledge) -> bool:
+        """Says whether an adversary with this knowledge may run an attack that needs ``needed``."""
+        order = list(Knowledge)
+        return order.index(self) >= order.index(needed)
+
+
+@dataclass(frozen=True)
+class Adversary:
+    """Who attacks.
+
+    Attributes:
+        knowledge: what it knows of the client.
+        corrupted: indices of the servers that it reads, ascending.
+    """
+
+    knowledge: Knowledge
+    corrupted: tuple[int, ...]
+
+    def reads(self, shares: Shares) -> Shares:
+        """Returns, of all servers' shares, those of the corrupted servers."""
+        return tuple(shares[index] for index in self.corrupted)
+
+
+class Target:
+    """The only thing an attack is handed: a deployed client, seen through the threat model.
+
+    No private image, label or metric can be reached from it. Shares always mean the tensors that
+    the corrupted servers receive, in the order of `Adversary.corrupted`.
+    """
+
+    def __init__(self, defense: Defense, adversary: Adversary, identity: str) -> None:
+        """Wraps a trained defense.
+
+        Args:
+            defense: the deployed model, in evaluation mode.
+            adversary: who attacks.
+            identity: content id of the trained defense; names what is trained against it.
+        """
+        self.__defense = defense
+        self.adversary = adversary
+        self.identity = f"{identity}/{'+'.join(map(str, adversary.corrupted))}"
+        self.queries = 0
+
+    def query(self, images: Tensor) -> Shares:
+        """Sends images (B, 3, H, W) in [0, 1] through the client, fresh randomness each call.
+
+        Returns:
+            The corrupted servers' shares. Counts B queries.
+
+        Raises:
+            ThreatModelError: the adversary has observed shares only.
+        """
+        import torch
+
+        self._need(Knowledge.BLACK_BOX, "queries to the client")
+        self.queries += len(images)
+        with torch.no_grad():
+            return self.adversary.reads(self.__defense.protect(images))
+
+    def client(self, images: Tensor) -> Shares:
+        """Returns what the client would send without its randomness, differentiably.
+
+        Raises:
+            ThreatModelError: the adversary does not know the client's weights.
+        """
+        self._need(Knowledge.WHITE_BOX, "the client's weights")
+        return self.adversary.reads(self.__defense.predict(images))
+
+    def log_likelihood(self, shares: Shares, predicted: Shares) -> Tensor:
+        """Returns log p(shares | predicted) under the defense's law, (B,), up to a constant.
+
+        Raises:
+            ThreatModelError: the adversary does not know the defense's law.
+        """
+        self._need(Knowledge.WHITE_BOX, "the defense's law")
+        return self.__defense.log_likelihood(shares, predicted)
+
+    def _need(self, knowledge: Knowledge, what: str) -> None:
+        if not self.adversary.knowledge.grants(knowledge):
+            raise ThreatModelError(
+                f"the adversary is {self.adversary.knowledge}, so it has no {what} "
+                f"(that takes {knowledge}); choose another attack or another protocol."
+            )
