@@ -3,7 +3,6 @@
 Every message says what was wrong, where, and what to do. A bug of ours is any other exception.
 """
 
-
 from __future__ import annotations
 
 import traceback

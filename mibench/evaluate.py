@@ -26,7 +26,7 @@ from mibench.metrics.cost import bytes_on_wire, client_cost, count_parameters
 from mibench.params import build
 from mibench.protocol import Protocol
 from mibench.provenance import provenance
-from mibench.record import AdversaryFacts, Component, Cost, ProtocolId, Record, Score
+from mibench.record import AdversaryFacts, Component, Cost, ProtocolId, Record
 from mibench.registry import attacks, backbones, defenses, fingerprint
 from mibench.scoring import Scores, accuracy_score, leakage_scores, score
 from mibench.threat import Adversary, Target
@@ -131,7 +131,9 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
     private = roles.private.take(job.protocol.data.attacked)
 
     deployed = fit(job, roles, store, device)
-    reference = deployed if job.defense == UNDEFENDED else fit(job.undefended(), roles, store, device)
+    reference = (
+        deployed if job.defense == UNDEFENDED else fit(job.undefended(), roles, store, device)
+    )
     assault = attack(job, deployed, roles, store, device)
     baseline = assault if deployed is reference else attack(job, reference, roles, store, device)
 
@@ -225,9 +227,8 @@ def fit(job: Job, roles: Roles, store: ArtifactStore, device: str) -> Deployed:
     split = spec.build(roles.train.image_shape, len(roles.class_names), job.seed)
     method = defenses.load(job.defense)
     params = build(method.Params, job.defense_params, f"defense {job.defense}")
-    with seeding.stream(job.seed, "defense"):
-        with blaming(method, "__init__"):
-            defense = method(split, params).to(device)
+    with seeding.stream(job.seed, "defense"), blaming(method, "__init__"):
+        defense = method(split, params).to(device)
 
     def make(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], Facts]:
         seed = seeding.derive(job.seed, "fit")

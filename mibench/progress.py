@@ -1,7 +1,6 @@
 """Progress of long work, reported to whoever shows it; silent when nobody does.
 
-Methods write ``with progress.task("Training decoder", total=steps) as task: task.advance(loss=0.1)``.
-The command line installs a display with `shown_by`.
+Methods open a `task` and call its ``advance``; the command line installs a display with `shown_by`.
 """
 
 from __future__ import annotations

@@ -11,12 +11,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from pydantic import Field, JsonValue, model_validator
 
 from mibench.errors import InvalidParamsError, UnknownNameError
 from mibench.files import content_id
-from mibench.params import Parameters, build
+from mibench.params import Parameters, build, parse_yaml
 from mibench.suggest import unknown
 from mibench.threat import Knowledge
 
@@ -40,7 +39,7 @@ class RoleRule(Parameters):
 
 
 class DataRule(Parameters):
-    """The dataset and its four disjoint roles; attacks see the first ``attacked`` private images."""
+    """The dataset and its four disjoint roles; the first ``attacked`` private ones are attacked."""
 
     dataset: str
     image_size: int = Field(gt=0)
@@ -66,12 +65,12 @@ class BackboneRule(Parameters):
     """The classifier and where it is cut."""
 
     name: str
-    params: dict[str, JsonValue] = {}
+    params: dict[str, JsonValue] = Field(default_factory=dict)
     split_point: str
 
 
 class Recipe(Parameters):
-    """How a model is trained. Budgets are steps, never seconds, so that a slow machine is no excuse."""
+    """How a model is trained. Budgets are steps, never seconds: speed must not change results."""
 
     steps: int = Field(gt=0)
     batch: int = Field(default=128, gt=0)
@@ -123,13 +122,13 @@ class Protocol(Parameters):
     backbone: BackboneRule
     recipe: Recipe
     adversary: AdversaryRule = AdversaryRule()
-    attacks: dict[str, dict[str, JsonValue]] = {}
+    attacks: dict[str, dict[str, JsonValue]] = Field(default_factory=dict)
     metrics: tuple[str, ...] = ("mse", "psnr", "ssim", "lpips")
     seeds: tuple[int, ...] = (0,)
     max_client_flops: int | None = Field(default=None, gt=0)
     batch: int = Field(default=128, gt=0)
     threads: int = Field(default=2, gt=0)
-    minutes: dict[str, float] = {}
+    minutes: dict[str, float] = Field(default_factory=dict)
 
     @cached_property
     def content_id(self) -> str:
@@ -167,12 +166,7 @@ def load_protocol(name: str) -> Protocol:
         where = name
     else:
         raise UnknownNameError(unknown("protocol", name, released()))
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        at = getattr(error, "problem_mark", None)
-        line = f" at line {at.line + 1}" if at else ""
-        raise InvalidParamsError(f"protocol {where} is not valid YAML{line}") from error
+    values = parse_yaml(text, f"protocol {where}")
     if not isinstance(values, dict):
         raise InvalidParamsError(f"protocol {where} must be a mapping of keys to values")
     return build(Protocol, values, where)

@@ -7,13 +7,14 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
+from pydantic import JsonValue
+
 from mibench import __version__
-from mibench.files import Json
 
 PACKAGES = ("torch", "torchvision", "timm", "diffusers", "lpips", "datasets", "numpy", "pydantic")
 
 
-def provenance(device: str, threads: int) -> dict[str, Json]:
+def provenance(device: str, threads: int) -> dict[str, JsonValue]:
     """Returns versions, revision and machine as the record keeps them."""
     return {
         "mibench": __version__,
@@ -34,7 +35,7 @@ def package_version(name: str) -> str | None:
         return None
 
 
-def revision() -> dict[str, Json] | None:
+def revision() -> dict[str, JsonValue] | None:
     """Returns commit and dirty flag of the checkout mibench runs from; None if installed."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():

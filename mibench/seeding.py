@@ -1,4 +1,4 @@
-"""Named random streams: every random draw of a run comes from (seed, names), never from a shared state.
+"""Named random streams: every draw of a run comes from (seed, names), never from a shared state.
 
 Two stages never share a stream, so a stage that is added, skipped or served from the cache does not
 shift the draws of another one.

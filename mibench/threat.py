@@ -1,4 +1,4 @@
-"""The threat model: what an adversary knows, which servers it reads, and the target it is handed."""
+"""The threat model: what an adversary knows, which servers it reads, what it is handed."""
 
 from __future__ import annotations
 

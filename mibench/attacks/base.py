@@ -45,7 +45,11 @@ class Workshop:
         make: Callable[[Checkpoint], tuple[Mapping[str, Tensor], Mapping[str, Json]]],
     ) -> Artifact:
         """Returns the part that ``spec`` denotes: from the cache, or made now and kept."""
-        where = {"seed": self.seed, "device": self.device.type, "threads": self.threads}
+        where: dict[str, Json] = {
+            "seed": self.seed,
+            "device": self.device.type,
+            "threads": self.threads,
+        }
         artifact = self.store.fetch(kind, {**spec, **where}, make)
         if artifact.reused:
             progress.note(f"reused {kind} {artifact.key[:8]} from the cache")
@@ -75,7 +79,9 @@ class Attack(ABC):
         self.params = params
         self.workshop = workshop
 
-    def prepare(self, target: Target, auxiliary: ImageSet, validation: ImageSet) -> None:
+    def prepare(  # noqa: B027 - an attack may have nothing to learn
+        self, target: Target, auxiliary: ImageSet, validation: ImageSet
+    ) -> None:
         """Learns and tunes everything that does not need a private share.
 
         Args:
@@ -99,7 +105,7 @@ class Attack(ABC):
         """
 
     def blind(self, count: int) -> Tensor | None:  # noqa: ARG002
-        """Draws ``count`` images from the attack's prior without any share; None without a prior."""
+        """Draws ``count`` images from the attack's prior without any share, if it has one."""
         return None
 
     def spec(self) -> dict[str, Json]:

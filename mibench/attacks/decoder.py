@@ -13,7 +13,6 @@ from mibench.attacks.base import Attack, Workshop
 from mibench.data.base import ImageSet
 from mibench.defenses.base import Shares
 from mibench.files import Json
-from mibench.params import Parameters
 from mibench.protocol import Recipe
 from mibench.registry import attacks
 from mibench.threat import Knowledge, Target
@@ -38,7 +37,7 @@ class Decoder(Attack):
 
     knowledge = Knowledge.BLACK_BOX
 
-    class Params(Parameters):
+    class Params(Attack.Params):
         """Size and training of the network."""
 
         steps: int = Field(default=1000, gt=0, description="training steps")
@@ -114,7 +113,7 @@ class Decoder(Attack):
 
 
 class InverseNetwork(nn.Module):
-    """Shares → image: one input layer per share, residual blocks at half resolution, pixel shuffle.
+    """Shares → image: an input layer per share, residual blocks at half resolution, pixel shuffle.
 
     Args:
         share_shapes: shape of each share without the batch axis: maps (C, h, w), or vectors (n,).
@@ -151,7 +150,7 @@ class InverseNetwork(nn.Module):
 
 
 class ShareEntry(nn.Module):
-    """Brings one share to (width, size, size): convolution for maps, a linear layer for the rest."""
+    """Brings one share to (width, size, size): convolution for maps, a linear layer otherwise."""
 
     mean: Tensor
     std: Tensor
@@ -174,6 +173,7 @@ class ShareEntry(nn.Module):
             self.layer = nn.Linear(per_channel[0], width * 8 * 8)
 
     def standardise(self, share: Tensor) -> None:
+        """Sets mean and deviation from a batch of this share."""
         axes = (0, 2, 3) if self.is_map else (0,)
         share = share if self.is_map else share.flatten(1)
         self.mean.copy_(share.mean(axes).view_as(self.mean))
@@ -181,6 +181,7 @@ class ShareEntry(nn.Module):
         self.std.copy_(share.std(axes).clamp_min(1e-4).view_as(self.std))
 
     def forward(self, share: Tensor) -> Tensor:
+        """Returns features (B, width, size, size)."""
         share = ((share if self.is_map else share.flatten(1)) - self.mean) / self.std
         if self.is_map:
             out = self.layer(F.pixel_unshuffle(share, self.fold))
@@ -199,5 +200,6 @@ class ConvBlock(nn.Module):
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Keeps the shape."""
         out: Tensor = self.conv2(F.relu(self.conv1(F.relu(x))))
         return x + out

@@ -13,7 +13,6 @@ from mibench.attacks.tuning import best_weight
 from mibench.data.base import ImageSet
 from mibench.defenses.base import Shares
 from mibench.files import Json
-from mibench.params import Parameters
 from mibench.registry import attacks
 from mibench.threat import Knowledge, Target
 
@@ -31,14 +30,14 @@ class Gradient(Attack):
 
     knowledge = Knowledge.WHITE_BOX
 
-    class Params(Parameters):
+    class Params(Attack.Params):
         """Budget of the descent and grid of the prior's weight."""
 
         steps: int = Field(default=300, gt=0, description="steps of Adam")
         lr: float = Field(default=0.1, gt=0, description="peak learning rate on u")
         restarts: int = Field(default=2, gt=0, description="starting points per image")
         weights: tuple[float, ...] = Field(
-            default=(0.01, 0.1, 1.0, 10.0), min_length=1, description="grid of w"
+            default=(1.0, 10.0, 100.0, 1000.0), min_length=1, description="grid of w"
         )
         tuning_images: int = Field(default=32, gt=0, description="validation images per weight")
 

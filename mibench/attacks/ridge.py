@@ -44,7 +44,7 @@ def ridge_error(
         weights = torch.linalg.solve(gram + penalty * scale * identity, cross)
         guess = ((other_x - mean_x) @ weights + mean_y).clamp(0, 1)
         errors.append((guess - other_images.flatten(1)).square().mean().item())
-    return min(errors)
+    return float(min(errors))
 
 
 def _flat(shares: Shares) -> Tensor:

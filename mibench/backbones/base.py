@@ -19,7 +19,7 @@ from mibench.suggest import unknown
 
 
 class Normalise(nn.Module):
-    """Maps images in [0, 1] to zero mean and unit deviation; normalisation lives in the backbone."""
+    """Maps images in [0, 1] to zero mean and unit deviation, inside the backbone."""
 
     mean: Tensor
     std: Tensor
@@ -30,6 +30,7 @@ class Normalise(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
+        """Keeps the shape."""
         return (images - self.mean) / self.std
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from mibench.backbones.base import Backbone, Normalise
 from mibench.backbones.residual import residual_branch
-from mibench.params import Parameters
 from mibench.registry import backbones
 
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
@@ -23,7 +22,7 @@ class ResNet18(Backbone):
     (256, H/4, W/4), ``layer4`` (512, H/8, W/8), with the ``cifar`` stem.
     """
 
-    class Params(Parameters):
+    class Params(Backbone.Params):
         """Which stem."""
 
         stem: Literal["cifar", "imagenet"] = "cifar"
@@ -35,7 +34,7 @@ class ResNet18(Backbone):
         """Builds ``stem``, ``layer1`` to ``layer4`` and ``head`` from timm's model."""
         import timm
 
-        net = timm.create_model("resnet18", pretrained=False, num_classes=self.classes)
+        net: Any = timm.create_model("resnet18", pretrained=False, num_classes=self.classes)
         stem = [net.conv1, net.bn1, net.act1, net.maxpool]
         if self.params.stem == "cifar":
             conv = nn.Conv2d(3, 64, 3, 1, 1, bias=False, padding_mode=self.params.padding)

@@ -7,7 +7,6 @@ from torch import nn
 
 from mibench.backbones.base import Backbone, Normalise
 from mibench.backbones.residual import Head, ResidualBlock, residual_branch
-from mibench.params import Parameters
 from mibench.registry import backbones
 
 
@@ -21,7 +20,7 @@ class SmallResNet(Backbone):
     that is the absolute colour.
     """
 
-    class Params(Parameters):
+    class Params(Backbone.Params):
         """Widths of the network."""
 
         stem: int = Field(default=64, gt=0, description="channels of the stem")

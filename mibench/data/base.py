@@ -54,8 +54,8 @@ class ImageSet:
     @cached_property
     def identity(self) -> str:
         """SHA-256 over all pixels and labels in order, shortened to 16 hexadecimal digits."""
-        digest = hashlib.sha256(self.pixels.contiguous().numpy())
-        digest.update(self.labels.contiguous().numpy())
+        digest = hashlib.sha256(self.pixels.contiguous().numpy().tobytes())
+        digest.update(self.labels.contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
 

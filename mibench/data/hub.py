@@ -1,4 +1,4 @@
-"""Datasets in the layout of the Hugging Face hub: from the hub, or from a folder of parquet files."""
+"""Datasets in the layout of the Hugging Face hub: from there, or from a folder of parquet files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mibench import progress
 from mibench.data.base import Dataset, ImageSet, stack
@@ -37,9 +38,11 @@ class HubDataset(Dataset):
         if start + count > len(table):
             raise DataError(
                 f"{self._where(split)} holds {len(table)} images, but the protocol needs images "
-                f"{start} to {start + count}. Use the whole dataset, or a protocol cut for this part."
+                f"{start} to {start + count}. Use the whole dataset, or a protocol made for this "
+                "part."
             )
-        images, labels = [], []
+        images: list[Tensor] = []
+        labels: list[int] = []
         with progress.task(f"Reading {self.name} {split}", total=count) as task:
             for row in self._rows(table, split, start, count):
                 pixels = np.asarray(row[self.image_column].convert("RGB"))
@@ -62,7 +65,9 @@ class HubDataset(Dataset):
             except StopIteration:
                 return
             except Exception as error:
-                raise DataError(f"{self._where(split)} holds an unreadable image: {error}") from error
+                raise DataError(
+                    f"{self._where(split)} holds an unreadable image: {error}"
+                ) from error
 
     def _where(self, split: str) -> str:
         if self.data_root is None:
@@ -84,9 +89,13 @@ class HubDataset(Dataset):
         files = sorted(folder.glob(f"{split}-*.parquet"))
         files = files or sorted((folder / "data").glob(f"{split}-*.parquet"))
         if not files:
-            raise DataError(f"{folder} has no file {split}-*.parquet, so the split {split!r} is missing.")
+            raise DataError(
+                f"{folder} has no file {split}-*.parquet, so the split {split!r} is missing."
+            )
         try:
-            return datasets.load_dataset("parquet", data_files=[str(file) for file in files])["train"]
+            return datasets.load_dataset("parquet", data_files=[str(file) for file in files])[
+                "train"
+            ]
         except Exception as error:
             reason = str(error.__cause__ or error).splitlines()[0]
             raise DataError(
@@ -101,8 +110,8 @@ class HubDataset(Dataset):
         except (OSError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
             offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
             raise UnavailableError(
-                f"cannot get {self.hub_id} from the hub{offline}; connect to the internet, or give a "
-                f"folder that holds {self.name}/<split>-*.parquet with --data-root or MIBENCH_DATA."
+                f"cannot get {self.hub_id} from the hub{offline}; connect to the internet, or give "
+                f"a folder that holds {self.name}/<split>-*.parquet with --data-root or MIBENCH_DATA."
             ) from error
         except ValueError as error:
             raise DataError(f"{self.hub_id} has no split {split!r}: {error}") from error

@@ -481,7 +481,7 @@ class Procedural(Dataset):
             )
         chunks = []
         with progress.task("Rendering procedural images", total=count) as task:
-            for index in torch.arange(start, start + count).split(_CHUNK):
+            for index in torch.split(torch.arange(start, start + count), _CHUNK):
                 chunks.append(render(index, seed=0, size=self.image_size))
                 task.advance(len(index))
         pixels, labels = zip(*chunks, strict=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar, final
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from mibench import seeding
 from mibench.artifacts import Checkpoint
 from mibench.backbones.base import Split
 from mibench.data.base import ImageSet
+from mibench.errors import PluginError
 from mibench.files import Json
 from mibench.params import Parameters
 from mibench.protocol import Recipe
@@ -23,7 +24,7 @@ Shares = tuple[Tensor, ...]
 """What the client sends: one tensor per server, batch axis first."""
 
 TOLERANCE = 0.05
-"""Deviation, in units of a share's RMS, that an attacker allows a deterministic client's message."""
+"""Deviation, in units of a share's RMS, that an attacker allows a deterministic message."""
 
 
 class Defense(nn.Module, ABC):
@@ -44,6 +45,14 @@ class Defense(nn.Module, ABC):
 
     class Params(Parameters):
         """Parameters of the defense; each field becomes a ``--set defense.<field>`` option."""
+
+    def __init_subclass__(cls, **keywords: object) -> None:
+        super().__init_subclass__(**keywords)
+        if "forward" in cls.__dict__:
+            raise PluginError(
+                f"{cls.__name__} overrides forward(); a defense overrides protect(), serve() and "
+                "fuse(), so that nothing but its shares reaches a server"
+            )
 
     def __init__(self, split: Split, params: Params) -> None:
         super().__init__()
@@ -69,9 +78,8 @@ class Defense(nn.Module, ABC):
         """Client: the servers' replies → logits (B, classes)."""
         return replies[0]
 
-    @final
     def forward(self, images: Tensor) -> Tensor:
-        """Images → logits (B, classes), along the only path there is."""
+        """Images → logits (B, classes), along the only path there is; never overridden."""
         shares = self.protect(images)
         return self.fuse(tuple(self.serve(k, share) for k, share in enumerate(shares)))
 
@@ -107,7 +115,7 @@ class Defense(nn.Module, ABC):
     def fit(self, train: ImageSet, recipe: Recipe, seed: int, checkpoint: Checkpoint) -> Facts:
         """Trains client, servers and fusion jointly; returns facts for the record."""
         device = next(self.parameters()).device
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.to(memory_format=torch.channels_last)
 
         def losses(step: Step) -> Losses:
             index = shuffled_batch(len(train), recipe.batch, seed, step.index)

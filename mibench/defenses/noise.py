@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from mibench.backbones.base import Split
 from mibench.defenses.base import Defense, Shares
-from mibench.params import Parameters
 from mibench.registry import defenses
 
 
@@ -29,7 +28,7 @@ class Noise(Defense):
     calibration, and that the whole model is trained through the noise.
     """
 
-    class Params(Parameters):
+    class Params(Defense.Params):
         """Law and strength of the noise."""
 
         law: Literal["gaussian", "laplace"] = "gaussian"

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from mibench.backbones.base import Split
 from mibench.defenses.base import Defense, Facts, Shares
 from mibench.errors import InvalidParamsError
-from mibench.params import Parameters
 from mibench.registry import defenses
 from mibench.training import Losses, Step
 
@@ -26,9 +25,7 @@ RIDGE = 1e-3
 """Penalty of the closed-form proxy attacker, relative to the mean variance of its inputs."""
 
 
-@defenses.register(
-    "privdfs", servers="K", randomness="none", paper="PrivDFS v2, arXiv 2508.04346"
-)
+@defenses.register("privdfs", servers="K", randomness="none", paper="PrivDFS v2, arXiv 2508.04346")
 class PrivDFS(Defense):
     """Learnable binary masks cut the features into sparse shares, one per server.
 
@@ -54,7 +51,7 @@ class PrivDFS(Defense):
     pixels below it). Without that term masks have no reason to prefer one unit over another.
     """
 
-    class Params(Parameters):
+    class Params(Defense.Params):
         """Number and size of the shares, and the weights of the loss."""
 
         servers: int = Field(default=4, ge=2, le=64, description="K, number of servers")
@@ -123,7 +120,9 @@ class PrivDFS(Defense):
 
     def serve(self, index: int, share: Tensor) -> Tensor:
         """Branch ``index``: share (B, n, H/p, W/p) → class scores (B, classes)."""
-        weight = self.embeds[index].weight[:, self.assignment[index]]
+        embed = self.embeds[index]
+        assert isinstance(embed, nn.Conv2d)
+        weight = embed.weight[:, self.assignment[index]]
         reply: Tensor = self.branches[index](F.conv2d(share, weight))
         return reply
 
@@ -163,7 +162,9 @@ class PrivDFS(Defense):
     def describe(self) -> Facts:
         """Size of the shares against the image, and how many units the learning has moved."""
         first = [set(row.tolist()) for row in self.first_assignment]
-        moved = [len(set(row.tolist()) - one) for row, one in zip(self.assignment, first, strict=True)]
+        moved = [
+            len(set(row.tolist()) - one) for row, one in zip(self.assignment, first, strict=True)
+        ]
         height, width = self.unit_shape
         return {
             "units": self.units,
@@ -221,4 +222,5 @@ def explained_variance(share: Tensor, images: Tensor) -> Tensor:
         xx, xy = x.T @ x / len(x), x.T @ y / len(x)
         ridge = RIDGE * xx.diagonal().mean() + 1e-8
         weights = torch.linalg.solve(xx + ridge * torch.eye(len(xx), device=xx.device), xy)
-        return (weights * xy).sum() / y.square().mean(0).sum()
+        explained: Tensor = (weights * xy).sum() / y.square().mean(0).sum()
+        return explained

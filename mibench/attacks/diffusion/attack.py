@@ -18,34 +18,39 @@ from mibench.attacks.tuning import best_weight
 from mibench.data.base import ImageSet
 from mibench.defenses.base import Shares
 from mibench.files import Json
-from mibench.params import Parameters
 from mibench.registry import attacks
 from mibench.threat import Knowledge, Target
+
+SCALES = {
+    "proximal": (0.01, 0.1, 1.0, 10.0),
+    "dps": (0.1, 0.3, 1.0, 3.0),
+    "dsg": (1.0,),  # takes only the direction of the gradient: there is no weight to choose
+}
+"""Grids of the guidance weight, chosen from on the attacker's validation images."""
 
 
 @attacks.register("diffusion", knowledge="white_box", paper="DPS 2209.14687, DRAG 2509.11724")
 class Diffusion(Attack):
     """Guided sampling from an unconditional diffusion prior, from noise or from a decoder's image.
 
-    The residual that guides is sqrt(-2 log p(z | client(x_0)) / dim(z)) under the defense's own law
-    and over received values only: for Gaussian noise this is |z - client(x_0)| over its expected
-    size, as in DPS. ``start: decoder`` begins at the decoder attack's image, noised to ``strength``
-    (the warm start of DRAG++); ``start: noise`` is plain DPS or DRAG. The step size of DPS is
-    chosen for every target on the attacker's validation images, with the same grid for every
-    defense.
+    What guides is the likelihood of the received values under the defense's own law; see
+    `sampler.sample` for the three kinds of guidance. ``start: decoder`` begins at the decoder
+    attack's image, noised to ``strength`` (the warm start of DRAG++); ``start: noise`` is plain DPS
+    or DRAG. The weight of the guidance is chosen for every target on the attacker's validation
+    images, with the same grid for every defense.
     """
 
     knowledge = Knowledge.WHITE_BOX
 
-    class Params(Parameters):
+    class Params(Attack.Params):
         """Start, guidance, prior, and the grid of step sizes."""
 
         start: Literal["decoder", "noise"] = "decoder"
         sampler: SamplerParams = SamplerParams()
-        scales: tuple[float, ...] = Field(
-            default=(0.03, 0.1, 0.3, 1.0), min_length=1, description="grid of DPS step sizes"
+        scales: tuple[float, ...] | None = Field(
+            default=None, min_length=1, description="grid of guidance weights; null: `SCALES`"
         )
-        tuning_images: int = Field(default=16, gt=0, description="validation images per step size")
+        tuning_images: int = Field(default=16, gt=0, description="validation images per weight")
         prior: PriorParams = PriorParams()
         decoder: Decoder.Params = Decoder.Params()
 
@@ -92,24 +97,22 @@ class Diffusion(Attack):
         device = self.workshop.device
         start = torch.zeros(count, *self.workshop.image_shape, device=device)
         scale = torch.zeros(count, device=device)
-        return sample(self._prior, None, scale, self.params.sampler, start, from_noise=True)
+        return sample(self._prior, None, 1, scale, self.params.sampler, start, from_noise=True)
 
     def facts(self) -> dict[str, Json]:
         """The chosen step size with its validation errors, the prior and the decoder."""
         return self._facts
 
     def _candidates(self) -> tuple[float, ...]:
-        # DSG takes only the direction of the gradient: there is no step size to choose.
-        return self.params.scales if self.params.sampler.guidance == "dps" else (1.0,)
+        return self.params.scales or SCALES[self.params.sampler.guidance]
 
     def _sample(self, shares: Shares, scale: Tensor) -> Tensor:
         assert self._target is not None, "prepare() comes first"
         assert self._prior is not None, "prepare() comes first"
         target, values = self._target, sum(share[0].numel() for share in shares)
 
-        def residual(images: Tensor) -> Tensor:
-            likelihood = target.log_likelihood(shares, target.client(images))
-            return (-2 * likelihood / values).clamp_min(1e-12).sqrt()
+        def misfit(images: Tensor) -> Tensor:
+            return -target.log_likelihood(shares, target.client(images))
 
         from_noise = self.params.start == "noise"
         shape = (len(shares[0]), *self.workshop.image_shape)
@@ -119,5 +122,5 @@ class Diffusion(Attack):
             else self._decoder.reconstruct(shares)
         )
         return sample(
-            self._prior, residual, scale, self.params.sampler, start, from_noise=from_noise
+            self._prior, misfit, values, scale, self.params.sampler, start, from_noise=from_noise
         )

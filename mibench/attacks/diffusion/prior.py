@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import diffusers
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -54,7 +55,7 @@ class Prior(nn.Module):
 
     signal: Tensor
 
-    def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler, patch: int) -> None:
+    def __init__(self, unet: nn.Module, scheduler: Any, patch: int) -> None:
         super().__init__()
         self.unet = unet
         self.patch = patch
@@ -133,7 +134,7 @@ def _denoising_error(prior: Prior, images: Tensor, generator: torch.Generator) -
 def _build(params: PriorParams, image_shape: tuple[int, int, int]) -> Prior:
     channels, height, _ = image_shape
     levels = len(params.channels)
-    unet = UNet2DModel(
+    unet = diffusers.UNet2DModel(
         sample_size=height // params.patch,
         in_channels=channels * params.patch**2,
         out_channels=channels * params.patch**2,
@@ -143,15 +144,15 @@ def _build(params: PriorParams, image_shape: tuple[int, int, int]) -> Prior:
         up_block_types=("UpBlock2D",) * levels,
         norm_num_groups=16,
     )
-    scheduler = DDPMScheduler(params.timesteps, beta_schedule="squaredcos_cap_v2")
+    scheduler = diffusers.DDPMScheduler(params.timesteps, beta_schedule="squaredcos_cap_v2")
     return Prior(unet, scheduler, params.patch)
 
 
 def _from_hub(name: str) -> Prior:
     diffusers.utils.logging.set_verbosity_error()
     try:
-        unet = UNet2DModel.from_pretrained(name, use_safetensors=True)
-        scheduler = DDPMScheduler.from_pretrained(name)
+        unet = diffusers.UNet2DModel.from_pretrained(name, use_safetensors=True)
+        scheduler = diffusers.DDPMScheduler.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UnavailableError(
             f"cannot get the diffusion prior {name!r} as safetensors from the hub; connect to the "

@@ -1,0 +1,51 @@
+# `make run` and `make test` each work alone in a fresh clone: they make .venv and install what they
+# need, and do so again only when pyproject.toml is newer than the last complete install.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+
+.DELETE_ON_ERROR:
+.PHONY: run test lint format coverage clean
+
+run: $(VENV)/.installed
+	$(BIN)/mibench run --defense privdfs --attack diffusion
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+coverage: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest --cov --cov-report=term-missing
+
+clean:
+	rm -rf $(VENV) build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp goes before its install begins and comes back as the last act, so that a stamp always
+# stands for a complete install. An environment without a working pip is one that was interrupted.
+define environment
+	@$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("mibench needs Python 3.11 or newer, and this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12")'
+	@rm -f $(VENV)/.installed $(VENV)/.installed-dev
+	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+endef
+
+$(VENV)/.installed: pyproject.toml
+	$(environment)
+	$(PIP) install -e .
+	@touch $@
+
+# An install for development serves `make run` as well.
+$(VENV)/.installed-dev: pyproject.toml
+	$(environment)
+	$(PIP) install -e ".[dev]"
+	@touch $(VENV)/.installed $@

@@ -1,0 +1,307 @@
+"""``mibench run``: one defense against one attack under one protocol."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mibench.evaluate import Job
+    from mibench.files import Json
+    from mibench.protocol import Protocol
+    from mibench.record import Record
+
+SMOKE = "procedural-smoke-v1"
+RANKED = "cifar10-lite-v1"
+
+
+def run(
+    defense: Annotated[
+        str, typer.Option(help="Name (see `mibench list defenses`) or ./file.py:Class.")
+    ],
+    attack: Annotated[
+        str, typer.Option(help="Name (see `mibench list attacks`) or ./file.py:Class.")
+    ],
+    protocol: Annotated[
+        str | None,
+        typer.Option(help=f"Protocol id, or a .yaml file (default: {SMOKE}, never ranked)."),
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="A parameter, such as defense.density=0.04 or attack.steps=50; repeatable.",
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Seed (default: the protocol's first).")
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="auto (CUDA where there is one, else the CPU), cpu, cuda, mps, ...")
+    ] = "auto",
+    data_root: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="MIBENCH_DATA",
+            help="Folder with <dataset>/<split>-*.parquet (default: the Hugging Face hub).",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the results (default: runs/<protocol>/<defense>-<attack>-s<seed>)."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, show the plan, run nothing.")
+    ] = False,
+) -> None:
+    """Attack a defense, score what leaks, and write a record."""
+    from mibench.cli.terminal import console as make_console
+
+    console = make_console()
+    if protocol is None:
+        console.print(
+            f"No --protocol given, so this is {SMOKE}: it shows that everything works and is never "
+            f"ranked. For a ranked result: --protocol {RANKED}",
+            soft_wrap=True,
+        )
+    chosen, given = _check_names(protocol or SMOKE, defense, attack, assignments or [])
+    # From here on PyTorch is needed, which takes seconds to import.
+    from mibench.cli.devices import choose_device
+    from mibench.evaluate import Job
+
+    device = choose_device(device)
+    job = Job(
+        protocol=chosen,
+        defense=defense,
+        attack=attack,
+        defense_params=given.get("defense", {}),
+        attack_params=given.get("attack", {}),
+        seed=chosen.seeds[0] if seed is None else seed,
+    )
+    record = _check_components(job, device)
+    folder = out or default_folder(record, given)
+    found = earlier_record(folder, record)
+    _print_plan(console, job, record, folder)
+    if dry_run:
+        return
+    _run(console, job, record, found, device, data_root, folder)
+
+
+def default_folder(record: Record, given: dict[str, dict[str, Json]]) -> Path:
+    """Returns ``runs/<protocol>/<defense>-<attack>[-<hash of what was set>]-s<seed>``."""
+    from mibench.files import content_id
+
+    names = [record.defense.name, record.attack.name]
+    if given:
+        names.append(content_id(given, length=8))
+    leaf = "-".join([*names, f"s{record.seed}"])
+    return Path("runs", _plain(record.protocol.id), _plain(leaf))
+
+
+def earlier_record(folder: Path, record: Record) -> Record | None:
+    """Returns the record that an earlier start of the same run left in a folder, if any.
+
+    Raises:
+        StorageError: the folder holds the record of another run, which must not be lost.
+        RecordError: it holds a record that cannot be read.
+    """
+    from mibench.errors import StorageError
+    from mibench.record import read_record
+
+    if not (folder / "record.json").exists():
+        return None
+    found = read_record(folder)
+    if found.status == "error":  # nothing would be lost
+        return found
+    was, now = _identity(found), _identity(record)
+    differing = [key for key in {**was, **now} if was.get(key) != now.get(key)]
+    if differing:
+        key = differing[0]
+        raise StorageError(
+            f"{folder} holds the record of another run (there {key} is {was.get(key)!r}, here "
+            f"{now.get(key)!r}); choose another --out, or move that folder away"
+        )
+    return found
+
+
+def _identity(record: Record) -> dict[str, object]:
+    """What tells one run from another, by the names that a user knows."""
+    return {
+        "defense": record.defense.name,
+        "attack": record.attack.name,
+        "protocol": record.protocol.id,
+        "seed": record.seed,
+        **{f"defense.{key}": value for key, value in record.defense.params.items()},
+        **{f"attack.{key}": value for key, value in record.attack.params.items()},
+        "content of the protocol": record.protocol.content,
+    }
+
+
+def estimate_minutes(protocol: Protocol, defense: str, attack: str) -> float | None:
+    """Returns about how many minutes a run takes on two CPU cores; None where nobody measured.
+
+    Both parts count twice for a defended run: the undefended reference is trained and attacked too.
+    """
+    times = protocol.minutes
+    if "defense" not in times or attack not in times:
+        return None
+    return (times["defense"] + times[attack]) * (1 if defense == "none" else 2)
+
+
+def _check_names(
+    protocol: str, defense: str, attack: str, assignments: list[str]
+) -> tuple[Protocol, dict[str, dict[str, Json]]]:
+    """Everything that can be checked without PyTorch, so that a typing error shows at once."""
+    from mibench.params import parse_assignments
+    from mibench.protocol import load_protocol
+    from mibench.registry import attacks, defenses
+
+    chosen = load_protocol(protocol)
+    for registry, name in ((defenses, defense), (attacks, attack)):
+        if ":" not in name and not name.endswith(".py"):
+            registry.entry(name)
+    given = parse_assignments(assignments, roots=("defense", "attack"))
+    return chosen, given
+
+
+def _check_components(job: Job, device: str) -> Record:
+    """Everything else that can be checked before anything is trained."""
+    from mibench.evaluate import open_record
+    from mibench.registry import datasets, metrics
+
+    datasets.load(job.protocol.data.dataset)
+    for metric in job.protocol.metrics:
+        metrics.load(metric)
+    return open_record(job, device)
+
+
+def _print_plan(console: Console, job: Job, record: Record, folder: Path) -> None:
+    from rich.table import Table
+
+    data, rule = job.protocol.data, job.protocol.adversary
+    minutes = estimate_minutes(job.protocol, record.defense.name, record.attack.name)
+    duration = "unknown: nobody has measured this pair under this protocol"
+    if minutes is not None:
+        duration = (
+            f"{_spelled_minutes(minutes)} on two CPU cores; "
+            "parts already in the cache make it shorter"
+        )
+    servers = "one server" if rule.coalition == 1 else f"up to {rule.coalition} servers"
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in (
+        ("defense", _component(record.defense.name, job.defense_params)),
+        ("attack", _component(record.attack.name, job.attack_params)),
+        ("protocol", f"{job.protocol.id} ({job.protocol.content_id}): {job.protocol.title}"),
+        ("data", f"{data.dataset}, {data.image_size}x{data.image_size} pixels"),
+        ("attacked", f"the first {data.attacked} of {data.private.count} private images"),
+        ("adversary", f"{rule.knowledge}, reads {servers}, chosen as the worst case"),
+        ("seed", str(job.seed)),
+        ("device", str(record.provenance["device"])),
+        ("takes", duration),
+        ("out", str(folder)),
+    ):
+        table.add_row(name, value)
+    console.print(table)
+    if record.deviations:
+        console.print(
+            f"This run departs from its protocol and is not ranked: {'; '.join(record.deviations)}",
+            soft_wrap=True,
+        )
+
+
+def _component(name: str, given: object) -> str:
+    from collections.abc import Mapping
+
+    if not isinstance(given, Mapping) or not given:
+        return name
+    import json
+
+    return f"{name} with {', '.join(f'{key}={json.dumps(value)}' for key, value in given.items())}"
+
+
+def _spelled_minutes(minutes: float) -> str:
+    if minutes < 1:
+        return "under a minute"
+    if minutes < 90:
+        return f"about {round(minutes)} minute{'s'[: round(minutes) > 1]}"
+    return f"about {minutes / 60:.1f} hours"
+
+
+def _run(
+    console: Console,
+    job: Job,
+    record: Record,
+    found: Record | None,
+    device: str,
+    data_root: Path | None,
+    folder: Path,
+) -> None:
+    """Runs the job between a record that says ``started`` and one that says how it ended."""
+    import torch
+
+    from mibench.artifacts import ArtifactStore
+    from mibench.cli.display import shown
+    from mibench.cli.table import print_record
+    from mibench.errors import DeviceError
+    from mibench.evaluate import evaluate
+    from mibench.files import ensure_writable
+    from mibench.outputs import remove_leftovers, write_record, write_result
+    from mibench.registry import datasets
+
+    ensure_writable(folder)
+    remove_leftovers(folder)
+    store = ArtifactStore()
+    ensure_writable(store.root)
+    # A finished result stays until the new one is there whole: a failure must not cost it.
+    keep = found is not None and found.status == "success"
+    if not keep:
+        write_record(record, folder)
+    try:
+        with shown(console):
+            result = evaluate(job, store, data_root, device)
+        classes = datasets.load(job.protocol.data.dataset).class_names
+        finished = write_result(result, folder, classes)
+    except torch.OutOfMemoryError as error:
+        failure = DeviceError(
+            f"{device} has too little free memory for this run ({str(error).partition('. ')[0]}); "
+            "end other programs on it, or use --device cpu"
+        )
+        _close(record, failure, folder, keep=keep)
+        raise failure from error
+    except Exception as error:
+        _close(record, error, folder, keep=keep)
+        raise
+    print_record(console, finished)
+    console.print(
+        f"Files: {folder} (record.json, per_image.parquet, grid.png, reconstructions/)",
+        soft_wrap=True,
+    )
+
+
+def _close(record: Record, error: Exception, folder: Path, *, keep: bool) -> None:
+    """Notes in the record why the run ended."""
+    from contextlib import suppress
+
+    from mibench.errors import MibenchError, StorageError
+    from mibench.outputs import write_record
+
+    if keep:
+        return
+    kind = "" if isinstance(error, MibenchError) else f"{type(error).__name__}: "
+    text = kind + " ".join(str(error).split())
+    with suppress(StorageError):  # what went wrong first matters more
+        write_record(record.model_copy(update={"status": "error", "error": text}), folder)
+
+
+def _plain(name: str) -> str:
+    """A name as one folder: a plugin's may hold a slash."""
+    return "".join(c if c.isalnum() or c in "._+-" else "-" for c in name).lstrip(".") or "-"

@@ -1,0 +1,178 @@
+"""A record in words and numbers.
+
+Worded so that nobody mistakes a good reconstruction for a good defense: every metric says in which
+direction more of the private image has leaked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+
+from mibench.record import AdversaryFacts, Cost, Record, Score
+
+DIGITS = {"mse": 4, "psnr": 2}
+"""Decimals by metric; all others have three."""
+
+
+def print_record(console: Console, record: Record) -> None:
+    """Prints what a record says: scores with controls, accuracy, cost, adversary, deviations."""
+    name = f"{record.defense.name} against {record.attack.name}"
+    protocol = record.protocol
+    console.print(
+        f"{name}, protocol {protocol.id} ({protocol.content}), seed {record.seed}: "
+        f"{'ranked' if protocol.ranked else 'not ranked'}",
+        soft_wrap=True,
+    )
+    if record.status == "started":
+        console.print(
+            f"This run began at {record.started} and has not finished; the same command goes on.",
+            soft_wrap=True,
+        )
+        return
+    if record.status == "error":
+        console.print(f"This run failed: {record.error}", soft_wrap=True)
+        return
+    console.print(_scores(record))
+    for line in _below(record):
+        console.print(line, soft_wrap=True)
+
+
+def _scores(record: Record) -> Table:
+    images = max((score.n for score in record.scores), default=0)
+    table = Table(
+        title=f"Leakage of {images} private images, means with 95 % intervals",
+        title_justify="left",
+    )
+    table.add_column("metric")
+    table.add_column("images compared with the originals")
+    table.add_column("mean", justify="right")
+    table.add_column("95 % interval")
+    for index, score in enumerate(record.scores):
+        rows = [
+            ("undefended, same attack", record.undefended[index]),
+            (record.defense.name, score),
+            (f"blind guess ({record.prior_only[index].source})", record.prior_only[index]),
+            ("attack on permuted shares", record.permuted[index]),
+            ("normalised leakage (0 guess, 1 undefended)", record.leakage[index]),
+        ]
+        head = _head(score)
+        if all(one.value is None for _, one in rows):
+            table.add_row(head[0], "not computed, see below", "-", "", end_section=True)
+            continue
+        for at, (label, one) in enumerate(rows):
+            digits = DIGITS.get(one.metric, 3)
+            last = at == len(rows) - 1
+            first = head[at] if at < len(head) else ""
+            table.add_row(first, label, *_cells(one, digits), end_section=last)
+    return table
+
+
+def _head(score: Score) -> list[str]:
+    unit = f" ({score.unit})" if score.unit else ""
+    direction = "higher" if score.higher_is_better else "lower"
+    return [f"{score.metric.upper()}{unit}", f"{direction} = more", "leaked"]
+
+
+def _cells(score: Score, digits: int) -> tuple[str, str]:
+    if score.value is None:
+        return "-", "see below"
+    value = f"{score.value:.{digits}f}"
+    if score.ci_low is None or score.ci_high is None:
+        return value, "see below" if score.reason else "-"
+    return value, f"{score.ci_low:.{digits}f} to {score.ci_high:.{digits}f}"
+
+
+def _below(record: Record) -> Iterable[str]:
+    yield from _reasons(record)
+    if len(record.utility) == 2:
+        yield _accuracy(*record.utility)
+    if record.cost is not None:
+        yield from _cost(record.cost)
+    if record.adversary is not None:
+        yield from _adversary(record.adversary, record.cost)
+    if record.deviations:
+        yield f"Deviations from the protocol: {'; '.join(record.deviations)}"
+    elif not record.protocol.ranked:
+        yield f"Not ranked (track of the protocol: {record.protocol.track})"
+
+
+def _reasons(record: Record) -> Iterable[str]:
+    """Why numbers are missing, each reason once with all that it concerns."""
+    concerned: dict[str, list[str]] = {}
+    groups = {
+        "": record.scores,
+        "undefended ": record.undefended,
+        "blind guess ": record.prior_only,
+        "permuted ": record.permuted,
+        " ": record.leakage,
+    }
+    for prefix, scores in groups.items():
+        for score in scores:
+            if score.reason:
+                name = f"{prefix}{score.metric}".strip()
+                concerned.setdefault(score.reason, []).append(name)
+    for reason, names in concerned.items():
+        whole = {score.metric for score in record.scores} & set(names)
+        # A metric that is missing altogether is named once, not for every control.
+        kept = [n for n in names if n in whole or not any(w in n for w in whole)]
+        yield f"No number for {', '.join(kept)}: {reason}"
+
+
+def _accuracy(defended: Score, undefended: Score) -> str:
+    if defended.value is None or undefended.value is None:
+        return f"Accuracy: unknown ({defended.reason or undefended.reason})"
+    points = 100 * (defended.value - undefended.value)
+    return (
+        f"Accuracy: {_percent(defended)}, undefended {_percent(undefended)}: "
+        f"{points:+.1f} points (on {defended.n} private images)"
+    )
+
+
+def _percent(score: Score) -> str:
+    value = f"{100 * (score.value or 0):.1f} %"
+    if score.ci_low is None or score.ci_high is None:
+        return value
+    return f"{value} ({100 * score.ci_low:.1f} to {100 * score.ci_high:.1f})"
+
+
+def _cost(cost: Cost) -> Iterable[str]:
+    yield (
+        f"Client: {_flops(cost.client_flops)} per image "
+        f"(undefended {_flops(cost.undefended_client_flops)}), "
+        f"{cost.client_parameters:,} parameters"
+    )
+    sizes = cost.values_per_server
+    each = f"{sizes[0]:,}" if len(set(sizes)) == 1 else "/".join(f"{size:,}" for size in sizes)
+    yield (
+        f"On the wire: {cost.bytes_up:,} bytes up and {cost.bytes_down:,} down per image; "
+        f"each of {len(sizes)} server{'s'[: len(sizes) > 1]} gets {each} values "
+        f"(an image has {cost.image_values:,})"
+    )
+
+
+def _flops(count: int) -> str:
+    for scale, unit in ((1e9, "GFLOPs"), (1e6, "MFLOPs"), (1e3, "kFLOPs")):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count} FLOPs"
+
+
+def _adversary(adversary: AdversaryFacts, cost: Cost | None) -> Iterable[str]:
+    servers = len(cost.values_per_server) if cost else None
+    if servers == 1:
+        reads = "the only server"
+    elif servers == len(adversary.corrupted):
+        reads = f"all {servers} servers"
+    else:
+        reads = f"server {' and '.join(map(str, adversary.corrupted))}"
+        reads += f" (of servers 0 to {servers - 1})" if servers else ""
+    yield f"Adversary: {adversary.knowledge}, reads {reads}"
+    if adversary.screening:
+        errors = ", ".join(f"{name}: {error:.4f}" for name, error in adversary.screening.items())
+        yield (
+            "  chosen as the worst: a linear decoder rebuilds the attacker's own validation images "
+            f"with the least error from it (MSE {errors})"
+        )

@@ -1,0 +1,86 @@
+"""Ridge regression: exact where the client is linear, and a judge of shares."""
+
+import pytest
+import torch
+
+from mibench.attacks import ridge
+from mibench.attacks.ridge import ridge_error
+
+
+def images(count, seed):
+    return torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def mixing(inputs, outputs):
+    draws = torch.Generator().manual_seed(9)
+    return torch.linalg.qr(torch.randn(max(inputs, outputs), max(inputs, outputs), generator=draws)).Q[
+        :inputs, :outputs
+    ]
+
+
+def test_it_is_exact_for_a_linear_client():
+    learn, judge = images(400, 0), images(50, 1)
+    matrix = mixing(48, 48)
+
+    def client(x):
+        mixed = 5 * x.flatten(1) @ matrix + 3
+        return mixed[:, :20], mixed[:, 20:].view(-1, 7, 2, 2)
+
+    assert ridge_error(client(learn), learn, client(judge), judge, 0) < 1e-5
+
+
+def test_half_of_the_values_explain_half():
+    learn, judge = images(2000, 0), images(200, 1)
+
+    def client(x):
+        return (x.flatten(1)[:, :24],)
+
+    error = ridge_error(client(learn), learn, client(judge), judge, 0)
+    assert error == pytest.approx(0.5 / 12, rel=0.1)  # a uniform value has variance 1/12
+
+
+def test_a_share_without_information_is_no_better_than_the_mean():
+    learn, judge = images(1000, 0), images(200, 1)
+    noise = torch.Generator().manual_seed(5)
+
+    def client(x):
+        return (torch.randn(len(x), 10, generator=noise),)
+
+    mean = (judge - learn.mean(0)).square().mean()
+    error = ridge_error(client(learn), learn, client(judge), judge, 0)
+    assert error == pytest.approx(mean.item(), rel=0.05)
+
+
+def test_the_leaking_share_has_the_smaller_error():
+    learn, judge = images(500, 0), images(100, 1)
+    noise = torch.Generator().manual_seed(5)
+
+    def shares(x, level):
+        flat = x.flatten(1)
+        return (flat + level * torch.randn(flat.shape, generator=noise),)
+
+    errors = [
+        ridge_error(shares(learn, level), learn, shares(judge, level), judge, 0)
+        for level in (0.0, 0.2, 1.0)
+    ]
+    assert errors == sorted(errors)
+    assert errors[0] < 0.1 * errors[2]
+
+
+def test_a_long_message_is_projected_and_still_read(monkeypatch):
+    monkeypatch.setattr(ridge, "MAX_INPUTS", 64)
+    learn, judge = images(500, 0), images(50, 1)
+    matrix = mixing(48, 200)
+
+    def client(x):
+        return (x.flatten(1) @ matrix,)
+
+    error = ridge_error(client(learn), learn, client(judge), judge, 0)
+    assert error < 0.1 / 12
+    assert error == ridge_error(client(learn), learn, client(judge), judge, 0)
+
+
+def test_guesses_stay_in_range():
+    learn, judge = images(100, 0), torch.ones(10, 3, 4, 4)
+    far = (100 * torch.ones(10, 48),)
+    assert ridge_error((learn.flatten(1),), learn, far, judge, 0) == 0.0

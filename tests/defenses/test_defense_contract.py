@@ -1,0 +1,254 @@
+"""What every built-in defense must do."""
+
+import pytest
+import torch
+from torch import nn
+
+from mibench.artifacts import Checkpoint
+from mibench.protocol import Recipe
+from mibench.registry import defenses
+from mibench.training import Step
+
+VARIANTS = {
+    "noise": [{}, {"law": "laplace"}],
+    "privdfs": [{}, {"learned": False}, {"period": 1, "servers": 3, "density": 0.25}],
+}
+BUILTIN = [entry.name for entry in defenses.entries() if entry.origin == "mibench"]
+CASES = [
+    pytest.param(name, params, id="-".join([name, *map(str, params.values())]))
+    for name in BUILTIN
+    for params in VARIANTS.get(name, [{}])
+]
+every = pytest.mark.parametrize(("name", "params"), CASES)
+
+
+def randomised(name):
+    return defenses.entry(name).facts["randomness"] != "none"
+
+
+def trained(make_defense, pictures, name, params, folder, steps=10, **changes):
+    defense = make_defense(name, params)
+    how = Recipe(
+        **{"steps": steps, "batch": 16, "lr": 0.05, "crop": 2, "precision": "fp32"} | changes
+    )
+    facts = defense.fit(pictures(64), how, 0, Checkpoint(folder))
+    return defense, facts
+
+
+def step_at(index, total=100):
+    return Step(index, total, torch.Generator().manual_seed(index))
+
+
+def test_variants_name_built_ins_only():
+    assert set(VARIANTS) <= set(BUILTIN)
+    assert "none" in BUILTIN
+
+
+@every
+def test_what_is_sent_and_what_is_answered(make_defense, pictures, name, params):
+    defense, images = make_defense(name, params).eval(), pictures(3).images()
+    shares = defense.protect(images)
+    assert isinstance(shares, tuple)
+    assert len(shares) == defense.servers
+    predicted = defense.predict(images)
+    assert [s.shape for s in predicted] == [s.shape for s in shares]
+    for share in shares:
+        assert len(share) == 3
+        assert share.isfinite().all()
+    assert defense(images).shape == (3, 5)
+
+
+@every
+def test_randomness_is_as_declared(make_defense, pictures, name, params):
+    defense, images = make_defense(name, params).eval(), pictures(3).images()
+    for one, other in zip(defense.protect(images), defense.protect(images), strict=True):
+        same = [torch.equal(a, b) for a, b in zip(one, other, strict=True)]
+        assert not any(same) if randomised(name) else all(same)
+    for one, other in zip(defense.predict(images), defense.predict(images), strict=True):
+        assert torch.equal(one, other)
+    if not randomised(name):
+        pairs = zip(defense.predict(images), defense.protect(images), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@every
+def test_noise_differs_from_image_to_image(make_defense, pictures, name, params):
+    if not randomised(name):
+        pytest.skip("sends no noise")
+    defense, images = make_defense(name, params).eval(), pictures(1).images()
+    twins = images.expand(2, -1, -1, -1)
+    for share in defense.protect(twins):
+        assert not torch.equal(share[0], share[1])
+
+
+@every
+def test_a_reply_depends_on_its_own_share_only(make_defense, pictures, name, params):
+    defense = make_defense(name, params).eval()
+    mine = defense.protect(pictures(2, seed=1).images())
+    replies = [defense.serve(k, share) for k, share in enumerate(mine)]
+    for kept in range(defense.servers):
+        # A server that peeked at the client's last message would now see another one.
+        others = defense.protect(pictures(2, seed=2).images())
+        mixed = [mine[k] if k == kept else share for k, share in enumerate(others)]
+        answers = [defense.serve(k, share) for k, share in enumerate(mixed)]
+        for k in range(defense.servers):
+            assert torch.equal(answers[k], replies[k]) is (k == kept)
+
+
+@every
+def test_images_of_a_batch_do_not_mix(make_defense, pictures, name, params):
+    defense, images = make_defense(name, params).eval(), pictures(4).images()
+    together = defense.predict(images)
+    alone = [defense.predict(image[None]) for image in images]
+    for k, share in enumerate(together):
+        joined = torch.cat([part[k] for part in alone])
+        torch.testing.assert_close(share, joined, rtol=1e-4, atol=1e-5)
+        reply = defense.serve(k, share)
+        single = torch.cat([defense.serve(k, part[k]) for part in alone])
+        torch.testing.assert_close(reply, single, rtol=1e-4, atol=1e-5)
+
+
+@every
+def test_shares_depend_on_the_image(make_defense, pictures, name, params):
+    defense = make_defense(name, params).eval()
+    for share in defense.predict(pictures(2).images()):
+        assert not torch.allclose(share[0], share[1], atol=1e-3)
+
+
+@every
+def test_forward_is_the_only_path(make_defense, pictures, name, params):
+    defense, images = make_defense(name, params).eval(), pictures(3).images()
+    torch.manual_seed(7)
+    shares = defense.protect(images)
+    replies = tuple(defense.serve(k, share) for k, share in enumerate(shares))
+    torch.manual_seed(7)
+    assert torch.equal(defense(images), defense.fuse(replies))
+
+
+@every
+def test_the_message_is_likeliest_where_it_is_predicted(make_defense, pictures, name, params):
+    defense = make_defense(name, params).eval()
+    predicted = defense.predict(pictures(3).images())
+    top = defense.log_likelihood(predicted, predicted)
+    assert top.shape == (3,)
+    shifted = tuple(share + 0.1 for share in predicted)
+    further = tuple(share + 0.2 for share in predicted)
+    near = defense.log_likelihood(predicted, shifted)
+    far = defense.log_likelihood(predicted, further)
+    assert (top > near).all()
+    assert (near > far).all()
+
+
+@every
+def test_the_likelihood_has_a_gradient_in_the_pixels(make_defense, pictures, name, params):
+    defense = make_defense(name, params).eval()
+    shares = defense.predict(pictures(2, seed=1).images())
+    images = pictures(2, seed=2).images().requires_grad_()
+    value = defense.log_likelihood(shares, defense.predict(images))
+    (gradient,) = torch.autograd.grad(value[0], images)
+    assert gradient[0].abs().sum() > 0
+    assert gradient[1].abs().sum() == 0
+
+
+@every
+def test_everything_that_learns_moves(make_defense, pictures, name, params, tmp_path):
+    before = {k: v.detach().clone() for k, v in make_defense(name, params).named_parameters()}
+    # Without weight decay, so that only a gradient can move a weight.
+    defense, facts = trained(make_defense, pictures, name, params, tmp_path, weight_decay=0.0)
+    after = dict(defense.named_parameters())
+    assert after.keys() == before.keys()
+    fixed = {"logits"} if params.get("learned") is False else set()
+    still = {k for k, v in after.items() if v.requires_grad and torch.equal(v, before[k])}
+    assert still == fixed
+    assert not defense.training
+    assert facts["steps"] == 10
+
+
+@every
+@pytest.mark.parametrize("index", [0, 99])
+def test_every_term_of_the_loss_reaches_the_client(make_defense, pictures, name, params, index):
+    defense, batch = make_defense(name, params), pictures(8)
+    terms = defense.loss(batch.images(), batch.labels, step_at(index))
+    assert terms
+    weights = list(defense.client.parameters())
+    for term, value in terms.items():
+        assert value.ndim == 0
+        gradients = torch.autograd.grad(value, weights, retain_graph=True)
+        assert all(g.isfinite().all() for g in gradients), term
+        assert sum(g.abs().sum() for g in gradients) > 0, term
+
+
+@every
+@pytest.mark.parametrize("index", [0, 99])
+def test_what_is_trained_is_what_is_deployed(make_defense, pictures, name, params, index):
+    defense, batch = make_defense(name, params), pictures(8)
+    images = batch.images()
+    torch.manual_seed(3)
+    task = defense.loss(images, batch.labels, step_at(index))["task"]
+    torch.manual_seed(3)
+    expected = nn.functional.cross_entropy(defense(images), batch.labels)
+    torch.testing.assert_close(task, expected, rtol=1e-4, atol=1e-5)
+
+
+@every
+def test_weights_carry_the_whole_defense(make_defense, pictures, name, params, tmp_path):
+    defense, _ = trained(make_defense, pictures, name, params, tmp_path, steps=6)
+    copy = make_defense(name, params, seed=9).eval()
+    images = pictures(4, seed=5).images()
+    assert not torch.equal(copy.predict(images)[0], defense.predict(images)[0])
+    copy.load_state_dict(defense.state_dict())
+    # Channels-last against contiguous weights may differ in the last bits.
+    for one, other in zip(defense.predict(images), copy.predict(images), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    logits, again = (
+        d.fuse(tuple(d.serve(k, share) for k, share in enumerate(d.predict(images))))
+        for d in (defense, copy)
+    )
+    torch.testing.assert_close(again, logits, rtol=1e-4, atol=1e-5)
+
+
+@every
+def test_a_defense_from_the_cache_sends_the_same_bits(
+    make_defense, pictures, name, params, tmp_path
+):
+    defense, _ = trained(make_defense, pictures, name, params, tmp_path, steps=3)
+    copy = make_defense(name, params, seed=9).eval()
+    copy.load_state_dict(defense.state_dict())
+    images = pictures(4, seed=5)
+    fresh, reused = (d.transmit(images, batch=4, seed=2) for d in (defense, copy))
+    for one, other in zip(fresh, reused, strict=True):
+        assert torch.equal(one, other)
+
+
+@every
+def test_sending_a_set_is_sending_its_images_and_changes_nothing(
+    make_defense, pictures, name, params
+):
+    defense, images = make_defense(name, params).eval(), pictures(5)
+    before = {k: v.clone() for k, v in defense.state_dict().items()}
+    state = torch.get_rng_state()
+    sent = defense.transmit(images, batch=2, seed=3)
+    again = defense.transmit(images, batch=2, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(sent) == defense.servers
+    for k, share in enumerate(sent):
+        assert torch.equal(share, again[k])
+        assert not share.requires_grad
+        assert share.shape == defense.predict(images.images())[k].shape
+        if not randomised(name):
+            expected = defense.predict(images.images())[k]
+            torch.testing.assert_close(share, expected, rtol=1e-4, atol=1e-5)
+    if randomised(name):
+        other = defense.transmit(images, batch=2, seed=4)
+        assert not torch.equal(other[0], sent[0])
+    for key, value in defense.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+@every
+def test_client_modules_are_parts_of_the_defense(make_defense, name, params):
+    defense = make_defense(name, params)
+    own = {id(p) for p in defense.parameters()}
+    listed = {id(p) for module in defense.client_modules() for p in module.parameters()}
+    assert listed <= own
+    assert {id(p) for p in defense.client.parameters()} <= listed

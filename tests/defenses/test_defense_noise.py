@@ -1,0 +1,100 @@
+"""Calibrated noise: as strong as it says, whatever the client does, and with the law it says."""
+
+import math
+
+import pytest
+import torch
+
+from mibench.artifacts import Checkpoint
+from mibench.protocol import Recipe
+
+LAWS = ("gaussian", "laplace")
+
+
+@torch.no_grad()
+def snr_db(defense, images):
+    (clean,) = defense.predict(images)
+    (sent,) = defense.protect(images)
+    return 10 * math.log10(clean.square().mean() / (sent - clean).square().mean())
+
+
+def fitted(make_defense, pictures, folder, **params):
+    defense = make_defense("noise", params)
+    how = Recipe(steps=60, batch=64, lr=0.005, crop=0, flip=False, precision="fp32")
+    defense.fit(pictures(128), how, 0, Checkpoint(folder))
+    return defense
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("level", [-10.0, 0.0, 12.0])
+def test_the_measured_ratio_is_the_declared_one(make_defense, pictures, tmp_path, law, level):
+    defense = fitted(make_defense, pictures, tmp_path, law=law, snr_db=level)
+    images = pictures(128).images()
+    assert snr_db(defense, images) == pytest.approx(level, abs=0.3)
+    # The client grows its features tenfold; the normalisation takes it back.
+    convolution = [m for m in defense.client.modules() if isinstance(m, torch.nn.Conv2d)][-1]
+    norm = [m for m in defense.client.modules() if isinstance(m, torch.nn.BatchNorm2d)][-1]
+    for tensor in (convolution.weight, norm.weight, norm.bias):
+        tensor.data.mul_(10)
+    assert snr_db(defense, images) > level + 3  # before the statistics are taken anew
+    defense.train()
+    for _ in range(100):
+        defense.predict(images)
+    defense.eval()
+    assert snr_db(defense, images) == pytest.approx(level, abs=0.3)
+
+
+def test_there_is_no_learned_gain_behind_the_normalisation(make_defense):
+    assert not list(make_defense("noise").normalise.parameters())
+
+
+@pytest.mark.parametrize(("law", "kurtosis"), [("gaussian", 3.0), ("laplace", 6.0)])
+@torch.no_grad()
+def test_draws_have_the_moments_of_their_law(make_defense, pictures, law, kurtosis):
+    defense = make_defense("noise", {"law": law, "snr_db": 0.0}).eval()
+    images = pictures(64).images().repeat(16, 1, 1, 1)
+    torch.manual_seed(0)
+    noise = (defense.protect(images)[0] - defense.predict(images)[0]).double().flatten()
+    assert len(noise) > 500_000
+    assert noise.mean().abs() < 0.01
+    assert noise.var() == pytest.approx(1.0, abs=0.02)
+    assert (noise**4).mean() / noise.var() ** 2 == pytest.approx(kurtosis, rel=0.05)
+    assert (noise**3).mean().abs() < 0.1
+    # Neighbouring values are independent.
+    assert (noise[1:] * noise[:-1]).mean().abs() < 0.01
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("level", [-6.0, 20.0])
+def test_the_likelihood_is_that_of_the_law(make_defense, law, level):
+    defense = make_defense("noise", {"law": law, "snr_db": level}).double()
+    draws = torch.Generator().manual_seed(0)
+    sent, one, other = torch.randn(3, 4, 8, 8, 8, generator=draws, dtype=torch.float64)
+    s = 10 ** (-level / 20)
+
+    def exact(mean):
+        family = {
+            "gaussian": lambda: torch.distributions.Normal(mean, s),
+            "laplace": lambda: torch.distributions.Laplace(mean, s / math.sqrt(2)),
+        }
+        return family[law]().log_prob(sent).flatten(1).sum(1)
+
+    mine = defense.log_likelihood((sent,), (one,)) - defense.log_likelihood((sent,), (other,))
+    torch.testing.assert_close(mine, exact(one) - exact(other), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("law", LAWS)
+@torch.no_grad()
+def test_the_likelihood_is_greatest_at_the_true_mean(make_defense, pictures, law):
+    defense = make_defense("noise", {"law": law}).eval()
+    (clean,) = defense.predict(pictures(1).images())
+    torch.manual_seed(0)
+    repeated = clean.expand(64, -1, -1, -1)
+    sent = (repeated + (defense.protect(pictures(1).images().expand(64, -1, -1, -1))[0] - repeated),)
+    offsets = (-0.5, -0.2, -0.05, 0.0, 0.05, 0.2, 0.5)
+    direction = torch.randn(clean.shape)
+    totals = [
+        defense.log_likelihood(sent, (repeated + offset * direction,)).sum().item()
+        for offset in offsets
+    ]
+    assert offsets[max(range(len(offsets)), key=totals.__getitem__)] == 0.0
