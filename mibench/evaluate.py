@@ -19,7 +19,7 @@ from mibench.attacks.ridge import ridge_error
 from mibench.backbones.base import BackboneSpec, Split
 from mibench.controls import blind_guesses, permute
 from mibench.data.base import ImageSet, Roles, load_roles
-from mibench.defenses.base import Defense, Facts
+from mibench.defenses.base import Defense, Facts, Shares
 from mibench.errors import InvalidParamsError, PluginError, blaming
 from mibench.files import Json, content_id
 from mibench.metrics.cost import bytes_on_wire, client_cost, count_parameters
@@ -86,19 +86,71 @@ class Deployed:
 
 @dataclass(frozen=True)
 class Assault:
-    """One attack on one deployed defense.
+    """A prepared attack on a deployed defense, with the shares that its servers received.
+
+    What it rebuilds is kept in the cache batch by batch, so that no finished image is done again.
 
     Attributes:
-        images: reconstructions of the attacked images (N, 3, H, W) in [0, 1].
-        permuted: reconstructions from another image's shares.
-        blind: unconditional samples of the attack's prior, if it has one.
+        attacker: the prepared attack.
+        adversary: who attacks, and how the servers were chosen.
+        shares: the corrupted servers' shares of the attacked images.
+        spec: everything that a reconstruction depends on.
+        image_shape: (3, H, W).
+        batch: images per batch.
     """
 
+    attacker: Attack
     adversary: AdversaryFacts
-    images: Tensor
-    permuted: Tensor
-    blind: Tensor | None
-    facts: dict[str, Json]
+    shares: Shares
+    spec: Mapping[str, Json]
+    image_shape: tuple[int, int, int]
+    batch: int
+
+    def from_true_shares(self) -> Tensor:
+        """Rebuilds the attacked images (N, 3, H, W) in [0, 1]."""
+        return self._rebuild("true", self.shares)
+
+    def from_permuted_shares(self) -> Tensor:
+        """The control: rebuilds each image from another image's shares."""
+        return self._rebuild("permuted", permute(self.shares))
+
+    def blind(self) -> Tensor | None:
+        """The control: images from the attack's prior alone, None if it has no prior."""
+        shop, count = self.attacker.workshop, len(self.shares[0])
+
+        def make(_: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Json]]:
+            with seeding.stream(shop.seed, "blind"):
+                images = self.attacker.blind(count)
+            return ({} if images is None else {"images": self._checked(images, count)}), {}
+
+        kept = shop.keep("reconstruction", {**self.spec, "shares": "none"}, make)
+        return kept.tensors.get("images")
+
+    def _rebuild(self, which: str, shares: Shares) -> Tensor:
+        shop, method = self.attacker.workshop, type(self.attacker)
+        parts = []
+        for start in range(0, len(shares[0]), self.batch):
+            chunk = tuple(share[start : start + self.batch].to(shop.device) for share in shares)
+
+            def make(
+                _: Checkpoint, chunk: Shares = chunk, start: int = start
+            ) -> tuple[dict[str, Tensor], dict[str, Json]]:
+                draws = seeding.stream(shop.seed, "reconstruct", which, start)
+                with draws, blaming(method, "reconstruct"):
+                    images = self.attacker.reconstruct(chunk)
+                return {"images": self._checked(images, len(chunk[0]))}, {}
+
+            spec = {**self.spec, "shares": which, "start": start}
+            parts.append(shop.keep("reconstruction", spec, make).tensors["images"])
+        return torch.cat(parts)
+
+    def _checked(self, images: Tensor, count: int) -> Tensor:
+        who, wanted = f"attack {self.attacker.name}", (count, *self.image_shape)
+        if tuple(images.shape) != wanted:
+            raise PluginError(f"{who} returned images of shape {tuple(images.shape)}, not {wanted}")
+        if not images.isfinite().all() or images.min() < 0 or images.max() > 1:
+            raise PluginError(f"{who} returned images with values that are not in [0, 1]")
+        return images.detach().cpu().float()
 
 
 @dataclass(frozen=True)
@@ -137,18 +189,18 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
     assault = attack(job, deployed, roles, store, device)
     baseline = assault if deployed is reference else attack(job, reference, roles, store, device)
 
-    originals = private.images()
-    seed = seeding.derive(job.seed, "intervals")
+    rebuilt, permuted = assault.from_true_shares(), assault.from_permuted_shares()
+    rebuilt_undefended = rebuilt if baseline is assault else baseline.from_true_shares()
     guesses = blind_guesses(roles.auxiliary, len(private))
-    known = blind_guesses(roles.auxiliary, len(roles.validation))
-    if assault.blind is not None:
-        guesses["prior-sample"] = assault.blind
-        known["prior-sample"] = assault.blind
-    names = job.protocol.metrics
-    scores = score(names, assault.images, originals, seed)
-    undefended = score(names, baseline.images, originals, seed)
-    permuted = score(names, assault.permuted, originals, seed)
-    floor = _best_guess(names, guesses, known, roles.validation, originals, seed)
+    if (drawn := assault.blind()) is not None:
+        guesses["prior-sample"] = drawn
+
+    names, originals = job.protocol.metrics, private.images()
+    seed = seeding.derive(job.seed, "intervals")
+    scores = score(names, rebuilt, originals, seed)
+    undefended = score(names, rebuilt_undefended, originals, seed)
+    permuted_scores = score(names, permuted, originals, seed)
+    floor = _best_guess(names, guesses, roles.validation, originals, seed)
 
     correct = _correct(deployed.defense, roles.private, job.protocol.batch)
     reference_correct = _correct(reference.defense, roles.private, job.protocol.batch)
@@ -161,7 +213,7 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
             "scores": scores.summary,
             "undefended": undefended.summary,
             "prior_only": floor.summary,
-            "permuted": permuted.summary,
+            "permuted": permuted_scores.summary,
             "leakage": leakage_scores(scores, floor, undefended, seed),
             "utility": [
                 accuracy_score("accuracy", correct, seed),
@@ -169,18 +221,18 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
             ],
             "cost": _cost(deployed.defense, reference.defense, private),
             "defense_facts": deployed.facts,
-            "attack_facts": assault.facts,
+            "attack_facts": assault.attacker.facts(),
         }
     )
     return Result(
         record=record,
         originals=private,
-        reconstructions=assault.images,
-        controls={"permuted": assault.permuted, **guesses},
+        reconstructions=rebuilt,
+        controls={"permuted": permuted, **guesses},
         per_image={
             **scores.columns(""),
             **undefended.columns("undefended_"),
-            **permuted.columns("permuted_"),
+            **permuted_scores.columns("permuted_"),
             **floor.columns("prior_only_"),
             "correct": correct[: len(private)],
         },
@@ -261,7 +313,7 @@ def fit(job: Job, roles: Roles, store: ArtifactStore, device: str) -> Deployed:
 def attack(
     job: Job, deployed: Deployed, roles: Roles, store: ArtifactStore, device: str
 ) -> Assault:
-    """Attacks a deployed defense: the worst coalition, on true and on permuted shares."""
+    """Prepares the attack against the worst coalition and sends the private images past it."""
     protocol = job.protocol
     adversary, screening = _worst_adversary(job, deployed, roles)
     target = Target(deployed.defense, adversary, deployed.identity)
@@ -276,46 +328,24 @@ def attack(
 
     private = roles.private.take(protocol.data.attacked)
     sent = deployed.defense.transmit(private, protocol.batch, job.seed)
-    shares = adversary.reads(sent)
-    spec: dict[str, Json] = {
-        **attacker.spec(),
-        "target": target.identity,
-        "auxiliary": roles.auxiliary.identity,
-        "validation": roles.validation.identity,
-        "private": private.identity,
-        "batch": protocol.batch,
-    }
-
-    def reconstruct(which: str, received: tuple[Tensor, ...]) -> Tensor:
-        parts = []
-        for start in range(0, len(private), protocol.batch):
-            chunk = tuple(s[start : start + protocol.batch].to(device) for s in received)
-
-            def make(
-                _: Checkpoint, chunk: tuple[Tensor, ...] = chunk, start: int = start
-            ) -> tuple[dict[str, Tensor], dict[str, Json]]:
-                draws = seeding.stream(job.seed, "reconstruct", which, start)
-                with draws, blaming(method, "reconstruct"):
-                    images = attacker.reconstruct(chunk)
-                return {"images": _checked(images, len(chunk[0]), private, method)}, {}
-
-            kept = workshop.keep("reconstruction", {**spec, "shares": which, "start": start}, make)
-            parts.append(kept.tensors["images"])
-        return torch.cat(parts)
-
-    with seeding.stream(job.seed, "blind"):
-        blind = attacker.blind(len(private))
     return Assault(
+        attacker=attacker,
         adversary=AdversaryFacts(
             knowledge=adversary.knowledge,
             corrupted=list(adversary.corrupted),
             screening=screening,
-            queries=target.queries,
         ),
-        images=reconstruct("true", shares),
-        permuted=reconstruct("permuted", permute(shares)),
-        blind=None if blind is None else blind.cpu(),
-        facts=attacker.facts(),
+        shares=adversary.reads(sent),
+        spec={
+            **attacker.spec(),
+            "target": target.identity,
+            "auxiliary": roles.auxiliary.identity,
+            "validation": roles.validation.identity,
+            "private": private.identity,
+            "batch": protocol.batch,
+        },
+        image_shape=private.image_shape,
+        batch=protocol.batch,
     )
 
 
@@ -347,23 +377,23 @@ def _worst_adversary(
 def _best_guess(
     names: tuple[str, ...],
     guesses: Mapping[str, Tensor],
-    known: Mapping[str, Tensor],
     validation: ImageSet,
     originals: Tensor,
     seed: int,
 ) -> Scores:
     """Scores, for each metric, the guess that is best on the attacker's validation images."""
-    best: list[Scores] = []
-    for name in names:
-        trials = {}
-        for guess, images in known.items():
-            count = min(len(images), len(validation))
-            truth = validation.images(slice(0, count))
-            trials[guess] = score((name,), images[:count], truth, seed).summary[0]
-        rated = {g: t.value for g, t in trials.items() if t.value is not None}
-        sign = 1 if next(iter(trials.values())).higher_is_better else -1
-        chosen = max(rated, key=lambda g: sign * rated[g]) if rated else next(iter(guesses))
-        best.append(score((name,), guesses[chosen], originals, seed).named(chosen))
+    count = min(len(originals), len(validation))
+    known = validation.take(count).images()
+    trials = {name: score(names, images[:count], known, seed) for name, images in guesses.items()}
+    best = []
+    for at, metric in enumerate(names):
+        rated = {name: trial.summary[at] for name, trial in trials.items()}
+        chosen = next(iter(guesses))
+        for name, one in rated.items():
+            better = (one.value or 0) - (rated[chosen].value or 0)
+            if (better > 0) == one.higher_is_better and better != 0:
+                chosen = name
+        best.append(score((metric,), guesses[chosen], originals, seed).named(chosen))
     return Scores.joined(best)
 
 
@@ -407,20 +437,6 @@ def _component(cls: type, name: str, values: Mapping[str, Json]) -> Component:
         code=fingerprint(cls),
         params=params.model_dump(mode="json"),
     )
-
-
-def _checked(images: Tensor, count: int, private: ImageSet, method: type[Attack]) -> Tensor:
-    wanted = (count, *private.image_shape)
-    if tuple(images.shape) != wanted:
-        raise PluginError(
-            f"attack {method.name}: reconstruct() returned shape {tuple(images.shape)}, "
-            f"expected {wanted}"
-        )
-    if not images.isfinite().all() or images.min() < 0 or images.max() > 1:
-        raise PluginError(
-            f"attack {method.name}: reconstruct() returned values that are not in [0, 1]"
-        )
-    return images.detach().cpu().float()
 
 
 def _merge(below: Mapping[str, Json], above: Mapping[str, Json]) -> dict[str, Json]:

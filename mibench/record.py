@@ -65,7 +65,6 @@ class AdversaryFacts(_Part):
     knowledge: str
     corrupted: list[int]
     screening: dict[str, float]
-    queries: int
 
 
 class Cost(_Part):

@@ -75,6 +75,7 @@ def run(
     # From here on PyTorch is needed, which takes seconds to import.
     from mibench.cli.devices import choose_device
     from mibench.evaluate import Job
+    from mibench.files import ensure_writable
 
     device = choose_device(device)
     job = Job(
@@ -88,6 +89,8 @@ def run(
     record = _check_components(job, device)
     folder = out or default_folder(record, given)
     found = earlier_record(folder, record)
+    if not dry_run:
+        ensure_writable(folder)
     _print_plan(console, job, record, folder)
     if dry_run:
         return
@@ -257,7 +260,6 @@ def _run(
     from mibench.outputs import remove_leftovers, write_record, write_result
     from mibench.registry import datasets
 
-    ensure_writable(folder)
     remove_leftovers(folder)
     store = ArtifactStore()
     ensure_writable(store.root)

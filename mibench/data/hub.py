@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, ClassVar
 
 import numpy as np
@@ -45,7 +44,7 @@ class HubDataset(Dataset):
         labels: list[int] = []
         with progress.task(f"Reading {self.name} {split}", total=count) as task:
             for row in self._rows(table, split, start, count):
-                pixels = np.asarray(row[self.image_column].convert("RGB"))
+                pixels = np.asarray(row[self.image_column])
                 if pixels.shape != (self.image_size, self.image_size, 3):
                     raise DataError(
                         f"{self._where(split)}: image {start + len(images)} is "
@@ -53,15 +52,34 @@ class HubDataset(Dataset):
                         f"{self.image_size}x{self.image_size}."
                     )
                 images.append(torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous())
-                labels.append(int(row[self.label_column]))
+                labels.append(self._label(row, split, start + len(labels)))
                 task.advance()
         return stack(images, labels)
 
+    def _label(self, row: Any, split: str, index: int) -> int:
+        label = row[self.label_column]
+        if not isinstance(label, int) or not 0 <= label < len(self.class_names):
+            raise DataError(
+                f"{self._where(split)}: image {index} has the label {label!r}, but there are the "
+                f"classes 0 to {len(self.class_names) - 1}."
+            )
+        return label
+
     def _rows(self, table: Any, split: str, start: int, count: int) -> Any:
+        import datasets
+
+        try:
+            # Files that were not written by `datasets` do not say that the column holds images.
+            table = table.cast_column(self.image_column, datasets.Image())
+        except Exception as error:
+            raise DataError(
+                f"{self._where(split)}: the column {self.image_column!r} holds no images."
+            ) from error
         rows = iter(table.select(range(start, start + count)))
         while True:
             try:
-                yield next(rows)
+                row = next(rows)
+                yield {**row, self.image_column: row[self.image_column].convert("RGB")}
             except StopIteration:
                 return
             except Exception as error:
@@ -78,6 +96,8 @@ class HubDataset(Dataset):
         import datasets
 
         datasets.disable_progress_bars()
+        # What it logs of a broken file comes back as the reason of our own error.
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
         if self.data_root is None:
             return self._from_hub(split)
         folder = self.data_root / self.name
@@ -108,10 +128,11 @@ class HubDataset(Dataset):
         try:
             return datasets.load_dataset(self.hub_id, split=split)
         except (OSError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
-            offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+            offline = " (HF_HUB_OFFLINE is set)" if datasets.config.HF_HUB_OFFLINE else ""
             raise UnavailableError(
-                f"cannot get {self.hub_id} from the hub{offline}; connect to the internet, or give "
-                f"a folder that holds {self.name}/<split>-*.parquet with --data-root or MIBENCH_DATA."
+                f"cannot get {self.hub_id} from the hub{offline}; connect to the internet, or "
+                f"give a folder that holds {self.name}/<split>-*.parquet with --data-root or "
+                "MIBENCH_DATA."
             ) from error
         except ValueError as error:
             raise DataError(f"{self.hub_id} has no split {split!r}: {error}") from error

@@ -21,6 +21,8 @@ REASSIGN_EVERY = 10
 """Training steps between two assignments of units to shares while the masks are learned."""
 MASK_GAIN = 10.0
 """Scale of the mask logits: with it, the model's learning rate moves them as fast as weights."""
+LEAKAGE_IMAGES = 64
+"""Images of a batch on which the leakage term is computed."""
 RIDGE = 1e-3
 """Penalty of the closed-form proxy attacker, relative to the mean variance of its inputs."""
 
@@ -87,9 +89,8 @@ class PrivDFS(Defense):
             )
         del self.server  # every server has a branch of its own instead
         self.logits = nn.Parameter(0.01 * torch.randn(k * self.units))
-        self.embeds = nn.ModuleList(
-            nn.Conv2d(self.units, params.width, 1, bias=False) for _ in range(k)
-        )
+        # First layer of every branch, with a column for each unit it might receive.
+        self.embed = nn.Parameter(torch.randn(k, params.width, self.units) / self.kept**0.5)
         shape = (params.width, *self.unit_shape)
         self.branches = nn.ModuleList(
             nn.Sequential(
@@ -120,9 +121,7 @@ class PrivDFS(Defense):
 
     def serve(self, index: int, share: Tensor) -> Tensor:
         """Branch ``index``: share (B, n, H/p, W/p) → class scores (B, classes)."""
-        embed = self.embeds[index]
-        assert isinstance(embed, nn.Conv2d)
-        weight = embed.weight[:, self.assignment[index]]
+        weight = self.embed[index][:, self.assignment[index], None, None]
         reply: Tensor = self.branches[index](F.conv2d(share, weight))
         return reply
 
@@ -139,13 +138,16 @@ class PrivDFS(Defense):
             if step.index % REASSIGN_EVERY == 0:
                 self._assign()
             masks = self._straight_through()
-            replies = tuple(
-                branch(embed(units * mask[:, None, None]))
-                for mask, embed, branch in zip(masks, self.embeds, self.branches, strict=True)
-            )
             shares = tuple(
-                (units * mask[:, None, None])[:, kept]
+                units[:, kept] * mask[kept, None, None]
                 for mask, kept in zip(masks, self.assignment, strict=True)
+            )
+            # Masking the first layer's weights is masking its input, and much cheaper; dropped
+            # units take part, so that gradients tell what they would be worth.
+            weight = (self.embed * masks[:, None]).flatten(0, 1)
+            embedded = F.conv2d(units, weight[..., None, None]).chunk(self.servers, dim=1)
+            replies = tuple(
+                branch(part) for branch, part in zip(self.branches, embedded, strict=True)
             )
         else:
             shares = tuple(units[:, kept] for kept in self.assignment)
@@ -155,7 +157,10 @@ class PrivDFS(Defense):
             own = torch.stack([F.cross_entropy(reply, labels) for reply in replies])
             terms["branch"] = self.params.branch * own.mean()
         if self.params.leakage:
-            explained = torch.stack([explained_variance(share, images) for share in shares])
+            some = slice(0, LEAKAGE_IMAGES)
+            explained = torch.stack(
+                [explained_variance(share[some], images[some]) for share in shares]
+            )
             terms["leakage"] = self.params.leakage * explained.max()
         return terms
 
