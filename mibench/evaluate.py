@@ -202,6 +202,8 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
     permuted_scores = score(names, permuted, originals, seed)
     floor = _best_guess(names, guesses, roles.validation, originals, seed)
 
+    cost = _cost(deployed.defense, reference.defense, private)
+    over = _over_budget(job.protocol, cost)
     correct = _correct(deployed.defense, roles.private, job.protocol.batch)
     reference_correct = _correct(reference.defense, roles.private, job.protocol.batch)
     record = record.model_copy(
@@ -219,7 +221,11 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
                 accuracy_score("accuracy", correct, seed),
                 accuracy_score("undefended accuracy", reference_correct, seed),
             ],
-            "cost": _cost(deployed.defense, reference.defense, private),
+            "cost": cost,
+            "deviations": record.deviations + over,
+            "protocol": record.protocol.model_copy(
+                update={"ranked": record.protocol.ranked and not over}
+            ),
             "defense_facts": deployed.facts,
             "attack_facts": assault.attacker.facts(),
         }
@@ -408,6 +414,13 @@ def _correct(defense: Defense, images: ImageSet, batch: int) -> Tensor:
             logits = defense(images.images(part).to(device))
             hits.append(logits.argmax(1).cpu() == images.labels[part])
     return torch.cat(hits).float()
+
+
+def _over_budget(protocol: Protocol, cost: Cost) -> list[str]:
+    limit = protocol.max_client_flops
+    if limit is None or cost.client_flops <= limit:
+        return []
+    return [f"the client needs {cost.client_flops} FLOPs, above the protocol's {limit}"]
 
 
 @torch.no_grad()

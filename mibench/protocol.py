@@ -112,7 +112,8 @@ class Protocol(Parameters):
         max_client_flops: client budget per image; above it a row is not ranked.
         batch: images per batch when attacking; results do not depend on it beyond rounding.
         threads: CPU threads; another number changes results in the last bits.
-        minutes: minutes that parts took on a two-core CPU, for the estimate before a run.
+        minutes: minutes that parts took on a CPU, for the estimate before a run: ``defense`` and
+            each attack by name, per target; ``<attack> once`` for what all its targets share.
     """
 
     id: str
@@ -127,7 +128,7 @@ class Protocol(Parameters):
     seeds: tuple[int, ...] = (0,)
     max_client_flops: int | None = Field(default=None, gt=0)
     batch: int = Field(default=128, gt=0)
-    threads: int = Field(default=2, gt=0)
+    threads: int = Field(default=1, gt=0)
     minutes: dict[str, float] = Field(default_factory=dict)
 
     @cached_property
@@ -138,8 +139,10 @@ class Protocol(Parameters):
 
     @property
     def ranked(self) -> bool:
-        """Whether results under this protocol can stand on a leaderboard."""
-        return self.track in ("lite", "standard")
+        """Whether results can stand on a leaderboard: a released protocol of a ranked track."""
+        if self.track not in ("lite", "standard") or self.id not in released():
+            return False
+        return self.content_id == load_protocol(self.id).content_id
 
 
 def released() -> list[str]:
@@ -157,10 +160,13 @@ def load_protocol(name: str) -> Protocol:
         InvalidParamsError: the file is not YAML, or a key or value is wrong.
     """
     if name.endswith((".yaml", ".yml")):
-        path = Path(name)
+        path, where = Path(name), name
         if not path.is_file():
             raise UnknownNameError(f"no protocol file {name}; check the path, or use an id")
-        text, where = path.read_text(encoding="utf-8"), name
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidParamsError(f"protocol {name} is not a readable text file") from error
     elif name in released():
         text = (resources.files("mibench") / "protocols" / f"{name}.yaml").read_text("utf-8")
         where = name

@@ -151,11 +151,13 @@ def estimate_minutes(protocol: Protocol, defense: str, attack: str) -> float | N
     """Returns about how many minutes a run takes on two CPU cores; None where nobody measured.
 
     Both parts count twice for a defended run: the undefended reference is trained and attacked too.
+    What the attack learns once for all targets counts once.
     """
     times = protocol.minutes
     if "defense" not in times or attack not in times:
         return None
-    return (times["defense"] + times[attack]) * (1 if defense == "none" else 2)
+    per_target = times["defense"] + times[attack]
+    return per_target * (1 if defense == "none" else 2) + times.get(f"{attack} once", 0.0)
 
 
 def _check_names(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import diffusers
 import torch
@@ -14,7 +14,7 @@ from mibench import seeding
 from mibench.artifacts import Checkpoint
 from mibench.attacks.base import Workshop
 from mibench.data.base import ImageSet
-from mibench.errors import UnavailableError
+from mibench.errors import InvalidParamsError, UnavailableError
 from mibench.files import Json
 from mibench.params import Parameters
 from mibench.protocol import Recipe
@@ -32,11 +32,11 @@ class PriorParams(Parameters):
         description="hub id of an unconditional UNet2DModel with its scheduler; it may have seen "
         "other images than the auxiliary ones, private ones included",
     )
-    steps: int = Field(default=2000, gt=0, description="training steps")
-    batch: int = Field(default=64, gt=0, description="images per step")
+    steps: int = Field(default=3000, gt=0, description="training steps")
+    batch: int = Field(default=32, gt=0, description="images per step")
     lr: float = Field(default=1e-3, gt=0, description="peak learning rate of AdamW")
-    channels: tuple[int, ...] = Field(
-        default=(64, 128, 128), min_length=2, description="channels of the UNet's levels"
+    channels: tuple[Annotated[int, Field(gt=0, multiple_of=16)], ...] = Field(
+        default=(32, 64, 96), min_length=2, description="channels of the UNet's levels"
     )
     layers: int = Field(default=1, gt=0, description="residual blocks per level")
     patch: int = Field(default=2, ge=1, description="side of the pixel patches the UNet works on")
@@ -134,6 +134,11 @@ def _denoising_error(prior: Prior, images: Tensor, generator: torch.Generator) -
 def _build(params: PriorParams, image_shape: tuple[int, int, int]) -> Prior:
     channels, height, _ = image_shape
     levels = len(params.channels)
+    if height % (params.patch * 2 ** (levels - 1)):
+        raise InvalidParamsError(
+            f"attack.prior: images of {height} pixels cannot be folded into patches of "
+            f"{params.patch} and halved {levels - 1} times; choose another patch or fewer channels"
+        )
     unet = diffusers.UNet2DModel(
         sample_size=height // params.patch,
         in_channels=channels * params.patch**2,
