@@ -49,8 +49,11 @@ def score(names: Sequence[str], images: Tensor, originals: Tensor, seed: int) ->
     for name in names:
         metric = _metric(name)
         try:
+            if name in _MISSING:
+                raise _MISSING[name]
             values = metric(images, originals)
         except UnavailableError as error:
+            _MISSING[name] = error
             summary.append(_as_score(metric, Estimate(None, None, None, 0, str(error))))
             continue
         per_image[name] = values
@@ -103,6 +106,8 @@ def _metric(name: str) -> Metric:
 
 # A metric may hold a network; one instance serves a whole process.
 _LOADED: dict[str, Metric] = {}
+# What could not be had once is not waited for again.
+_MISSING: dict[str, UnavailableError] = {}
 
 
 def _as_score(metric: Metric, estimate: Estimate) -> Score:

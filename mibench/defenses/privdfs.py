@@ -61,9 +61,9 @@ class PrivDFS(Defense):
             default=0.0625, gt=0, le=1, description="share of all features that one server receives"
         )
         period: int = Field(default=2, ge=1, description="p, grid period of a unit; 1 is a channel")
-        width: int = Field(default=32, ge=4, description="channels of a branch's first stage")
+        width: int = Field(default=48, ge=4, description="channels of a branch's first stage")
         branch: float = Field(default=0.3, ge=0, description="b, weight of the branches' own loss")
-        leakage: float = Field(default=0.5, ge=0, description="l, weight of the leakage term")
+        leakage: float = Field(default=1.0, ge=0, description="l, weight of the leakage term")
         learned: bool = Field(default=True, description="false keeps random masks, as a control")
 
     params: Params

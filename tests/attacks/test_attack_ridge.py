@@ -13,9 +13,9 @@ def images(count, seed):
 
 def mixing(inputs, outputs):
     draws = torch.Generator().manual_seed(9)
-    return torch.linalg.qr(torch.randn(max(inputs, outputs), max(inputs, outputs), generator=draws)).Q[
-        :inputs, :outputs
-    ]
+    return torch.linalg.qr(
+        torch.randn(max(inputs, outputs), max(inputs, outputs), generator=draws)
+    ).Q[:inputs, :outputs]
 
 
 def test_it_is_exact_for_a_linear_client():

@@ -120,7 +120,7 @@ def test_a_branch_reads_shares_of_any_size(name, share):
 
 
 def test_a_wrong_parameter_of_a_backbone_is_explained():
-    with pytest.raises(InvalidParamsError, match="backbone small-resnet.width"):
+    with pytest.raises(InvalidParamsError, match=r"backbone small-resnet\.width"):
         BackboneSpec("small-resnet", {"width": 0}, "stem").build(SHAPE, CLASSES, 0)
 
 

@@ -1,5 +1,6 @@
 """The training loop: going on after a kill, averaging, batches and augmentation."""
 
+import itertools
 import json
 
 import pytest
@@ -144,7 +145,7 @@ def test_a_loss_that_is_not_finite_ends_in_one_line(value):
     def losses(step):
         return {"fit": net(torch.ones(4, 6)).mean() * (value if step.index >= 5 else 1.0)}
 
-    with pytest.raises(MibenchError, match="toy: the loss is .* lower the learning rate"):
+    with pytest.raises(MibenchError, match=r"toy: the loss is .* lower the learning rate"):
         optimise(net, losses, recipe(), seed=0, checkpoint=MemoryCheckpoint(), title="toy")
 
 
@@ -180,7 +181,7 @@ def test_the_rate_rises_to_its_peak_and_falls_to_zero():
         net, lambda _: {"w": net.weight.sum()}, how, seed=0, checkpoint=checkpoint, title="toy"
     )
     places = [0.0, *(float(tensors["module.weight"]) for tensors, _ in checkpoint.saved)]
-    rates = [before - after for before, after in zip(places, places[1:], strict=False)]
+    rates = [before - after for before, after in itertools.pairwise(places)]
     assert max(rates) == pytest.approx(0.1, rel=0.05)
     peak = rates.index(max(rates))
     assert peak in (9, 10, 11)
@@ -235,9 +236,7 @@ def test_augmentation_gives_a_flipped_and_shifted_copy(flip, crop, seed):
     assert torch.equal(images, before)
     for new, old in zip(made, images, strict=True):
         options = [
-            option
-            for flipped in ({False, flip})
-            for option in placed(old, crop, flipped).values()
+            option for flipped in ({False, flip}) for option in placed(old, crop, flipped).values()
         ]
         assert any(torch.equal(new, option) for option in options)
 

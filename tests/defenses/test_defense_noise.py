@@ -87,10 +87,11 @@ def test_the_likelihood_is_that_of_the_law(make_defense, law, level):
 @torch.no_grad()
 def test_the_likelihood_is_greatest_at_the_true_mean(make_defense, pictures, law):
     defense = make_defense("noise", {"law": law}).eval()
-    (clean,) = defense.predict(pictures(1).images())
-    torch.manual_seed(0)
+    image = pictures(1).images()
+    (clean,) = defense.predict(image)
     repeated = clean.expand(64, -1, -1, -1)
-    sent = (repeated + (defense.protect(pictures(1).images().expand(64, -1, -1, -1))[0] - repeated),)
+    torch.manual_seed(0)
+    sent = defense.protect(image.expand(64, -1, -1, -1))
     offsets = (-0.5, -0.2, -0.05, 0.0, 0.05, 0.2, 0.5)
     direction = torch.randn(clean.shape)
     totals = [
