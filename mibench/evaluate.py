@@ -328,7 +328,7 @@ def attack(
     workshop = Workshop(
         roles.train.image_shape, job.seed, torch.device(device), store, protocol.threads
     )
-    with blaming(method, "prepare"):
+    with seeding.stream(job.seed, "prepare"), blaming(method, "prepare"):
         attacker = method(params, workshop)
         attacker.prepare(target, roles.auxiliary, roles.validation)
 

@@ -1,0 +1,88 @@
+from pathlib import Path
+
+import pytest
+
+from mibench.record import Record, read_record
+
+
+@pytest.mark.slow
+def test_show_prints_the_table_of_the_run(invoke, finished):
+    shown = invoke("show", finished.out)
+    assert shown.exit_code == 0
+    table = shown.stdout[shown.stdout.index("Leakage of 8") :]
+    assert table in finished.stdout
+    assert invoke("show", finished.out / "record.json").stdout == shown.stdout
+
+
+@pytest.mark.slow
+def test_a_reason_is_given_once(invoke, finished, tmp_path):
+    def without(scores):
+        gone = {"value": None, "ci_low": None, "ci_high": None, "n": 0, "reason": "no weights"}
+        return [s.model_copy(update=gone) if "ssim" in s.metric else s for s in scores]
+
+    groups = ("scores", "undefended", "prior_only", "permuted", "leakage")
+    update = {name: without(getattr(finished.record, name)) for name in groups}
+    record: Record = finished.record.model_copy(update=update)
+    (tmp_path / "record.json").write_bytes(record.to_json())
+    text = invoke("show", tmp_path).stdout
+    assert text.count("no weights") == 1
+    assert "No number for ssim: no weights" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("status", "error", "said"),
+    [("started", None, "has not finished"), ("error", "no images", "failed: no images")],
+)
+def test_show_of_an_unfinished_run(invoke, finished, tmp_path, status, error, said):
+    record = finished.record.model_copy(update={"status": status, "error": error})
+    (tmp_path / "record.json").write_bytes(record.to_json())
+    shown = invoke("show", tmp_path)
+    assert shown.exit_code == 0
+    assert said in shown.stdout
+    assert read_record(tmp_path).status == status
+
+
+def test_list_names_everything(invoke):
+    text = invoke("list").stdout
+    for word in (
+        "defenses", "privdfs", "attacks", "diffusion", "protocols", "cifar10-lite-v1", "datasets",
+        "procedural", "backbones", "small-resnet", "metrics", "lpips",
+    ):  # fmt: skip
+        assert word in text
+    assert "paper:" not in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("defenses", "arXiv 2508.04346"),
+        ("attacks", "knowledge: white_box"),
+        ("protocols", "never ranked"),
+        ("datasets", "cifar10"),
+        ("backbones", "resnet18"),
+        ("metrics", "version: 1"),
+    ],
+)
+def test_list_of_one_kind_has_the_facts(invoke, kind, said):
+    assert said in invoke("list", kind).stdout
+
+
+def test_doctor_finds_what_is_there(invoke, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "file").write_bytes(b"x" * 2500)
+    for name in ("cifar10", "holiday"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "train-00000-of-00001.parquet").touch()
+    result = invoke("doctor", "--data-root", tmp_path / "data")
+    assert result.exit_code == 0
+    for words in (
+        "cpu", "splits train", "not a dataset of this mibench", "(2.5 kB;", "HF_HUB_OFFLINE",
+        "LPIPS weights", "torch 2.", "free disk",
+    ):  # fmt: skip
+        assert words in result.stdout
+    assert not Path("runs").exists()
+
+
+def test_doctor_without_a_data_folder(invoke):
+    assert "no such folder" in invoke("doctor", "--data-root", "absent").stdout
