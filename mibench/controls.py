@@ -6,11 +6,14 @@ attack that does not beat both has learned nothing from the features.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
 from mibench.data.base import ImageSet
 from mibench.defenses.base import Shares
+from mibench.scoring import Scores, score
 
 
 def blind_guesses(auxiliary: ImageSet, count: int) -> dict[str, Tensor]:
@@ -36,3 +39,26 @@ def blind_guesses(auxiliary: ImageSet, count: int) -> dict[str, Tensor]:
 def permute(shares: Shares) -> Shares:
     """Gives every image the shares of its successor, so that none keeps its own."""
     return tuple(torch.roll(share, -1, dims=0) for share in shares)
+
+
+def best_guess(
+    names: Sequence[str],
+    guesses: Mapping[str, Tensor],
+    validation: ImageSet,
+    originals: Tensor,
+    seed: int,
+) -> Scores:
+    """Scores, for each metric, the guess that is best on the attacker's validation images."""
+    count = min(len(originals), len(validation))
+    known = validation.take(count).images()
+    trials = {name: score(names, images[:count], known, seed) for name, images in guesses.items()}
+    best = []
+    for at, metric in enumerate(names):
+        rated = {name: trial.summary[at] for name, trial in trials.items()}
+        chosen = next(iter(guesses))
+        for name, one in rated.items():
+            better = (one.value or 0) - (rated[chosen].value or 0)
+            if (better > 0) == one.higher_is_better and better != 0:
+                chosen = name
+        best.append(score((metric,), guesses[chosen], originals, seed).named(chosen))
+    return Scores.joined(best)

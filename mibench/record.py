@@ -127,6 +127,11 @@ class Record(_Part):
         """Hash of the content; names the record."""
         return content_id(self.model_dump(mode="json"))
 
+    def completed(self, **results: object) -> Record:
+        """Returns this record with the results of a run that succeeded, checked like any other."""
+        known = {name: getattr(self, name) for name in type(self).model_fields}
+        return Record(**{**known, "status": "success", **results})
+
     def to_json(self) -> bytes:
         """Returns the record as canonical, indented JSON."""
         return pretty_json(self.model_dump(mode="json"))

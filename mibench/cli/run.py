@@ -10,8 +10,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mibench.evaluate import Job
     from mibench.files import Json
+    from mibench.job import Job
     from mibench.protocol import Protocol
     from mibench.record import Record
 
@@ -74,8 +74,8 @@ def run(
     chosen, given = _check_names(protocol or SMOKE, defense, attack, assignments or [])
     # From here on PyTorch is needed, which takes seconds to import.
     from mibench.cli.devices import choose_device
-    from mibench.evaluate import Job
     from mibench.files import ensure_writable
+    from mibench.job import Job
 
     device = choose_device(device)
     job = Job(

@@ -1,0 +1,161 @@
+"""From a deployed defense to reconstructions: the worst coalition, the attack, its controls."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mibench import progress, seeding
+from mibench.artifacts import ArtifactStore, Checkpoint
+from mibench.attacks.base import Attack, Workshop
+from mibench.attacks.ridge import ridge_error
+from mibench.controls import permute
+from mibench.data.base import Roles
+from mibench.defenses.base import Shares
+from mibench.deployment import Deployed
+from mibench.errors import PluginError, blaming
+from mibench.files import Json
+from mibench.job import Job
+from mibench.params import build
+from mibench.record import AdversaryFacts
+from mibench.registry import attacks
+from mibench.threat import Adversary, Target
+
+SCREENING_IMAGES = 4096
+"""Auxiliary images on which coalitions are screened."""
+
+
+@dataclass(frozen=True)
+class Assault:
+    """A prepared attack on a deployed defense, with the shares that its servers received.
+
+    What it rebuilds is kept in the cache batch by batch, so that no finished image is done again.
+
+    Attributes:
+        attacker: the prepared attack.
+        adversary: who attacks, and how the servers were chosen.
+        shares: the corrupted servers' shares of the attacked images.
+        spec: everything that a reconstruction depends on.
+        image_shape: (3, H, W).
+        batch: images per batch.
+    """
+
+    attacker: Attack
+    adversary: AdversaryFacts
+    shares: Shares
+    spec: Mapping[str, Json]
+    image_shape: tuple[int, int, int]
+    batch: int
+
+    def from_true_shares(self) -> Tensor:
+        """Rebuilds the attacked images (N, 3, H, W) in [0, 1]."""
+        return self._rebuild("true", self.shares)
+
+    def from_permuted_shares(self) -> Tensor:
+        """The control: rebuilds each image from another image's shares."""
+        return self._rebuild("permuted", permute(self.shares))
+
+    def blind(self) -> dict[str, Tensor]:
+        """The control: ``prior-sample``, images from the attack's prior alone, if it has one."""
+        shop, count = self.attacker.workshop, len(self.shares[0])
+
+        def make(_: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Json]]:
+            with seeding.stream(shop.seed, "blind"), blaming(type(self.attacker), "blind"):
+                images = self.attacker.blind(count)
+            return {} if images is None else {"prior-sample": self._checked(images, count)}, {}
+
+        return shop.keep("reconstruction", {**self.spec, "shares": "none"}, make).tensors
+
+    def _rebuild(self, which: str, shares: Shares) -> Tensor:
+        shop, method = self.attacker.workshop, type(self.attacker)
+        parts = []
+        for start in range(0, len(shares[0]), self.batch):
+            chunk = tuple(share[start : start + self.batch].to(shop.device) for share in shares)
+
+            def make(
+                _: Checkpoint, chunk: Shares = chunk, start: int = start
+            ) -> tuple[dict[str, Tensor], dict[str, Json]]:
+                draws = seeding.stream(shop.seed, "reconstruct", which, start)
+                with draws, blaming(method, "reconstruct"):
+                    images = self.attacker.reconstruct(chunk)
+                return {"images": self._checked(images, len(chunk[0]))}, {}
+
+            spec = {**self.spec, "shares": which, "start": start}
+            parts.append(shop.keep("reconstruction", spec, make).tensors["images"])
+        return torch.cat(parts)
+
+    def _checked(self, images: Tensor, count: int) -> Tensor:
+        who, wanted = f"attack {self.attacker.name}", (count, *self.image_shape)
+        if tuple(images.shape) != wanted:
+            raise PluginError(f"{who} returned images of shape {tuple(images.shape)}, not {wanted}")
+        if not images.isfinite().all() or images.min() < 0 or images.max() > 1:
+            raise PluginError(f"{who} returned images with values that are not in [0, 1]")
+        return images.detach().cpu().float()
+
+
+def attack(
+    job: Job, deployed: Deployed, roles: Roles, store: ArtifactStore, device: str
+) -> Assault:
+    """Prepares the attack against the worst coalition and sends the private images past it."""
+    protocol = job.protocol
+    adversary, screening = _worst_adversary(job, deployed, roles)
+    target = Target(deployed.defense, adversary, deployed.identity)
+    method = attacks.load(job.attack)
+    params = build(method.Params, job.merged_attack_params(), f"attack {job.attack}")
+    workshop = Workshop(
+        roles.train.image_shape, job.seed, torch.device(device), store, protocol.threads
+    )
+    with seeding.stream(job.seed, "prepare"), blaming(method, "prepare"):
+        attacker = method(params, workshop)
+        attacker.prepare(target, roles.auxiliary, roles.validation)
+
+    private = roles.private.take(protocol.data.attacked)
+    sent = deployed.defense.transmit(private, protocol.batch, job.seed)
+    return Assault(
+        attacker=attacker,
+        adversary=AdversaryFacts(
+            knowledge=adversary.knowledge,
+            corrupted=list(adversary.corrupted),
+            screening=screening,
+        ),
+        shares=adversary.reads(sent),
+        spec={
+            **attacker.spec(),
+            "target": target.identity,
+            "auxiliary": roles.auxiliary.identity,
+            "validation": roles.validation.identity,
+            "private": private.identity,
+            "batch": protocol.batch,
+        },
+        image_shape=private.image_shape,
+        batch=protocol.batch,
+    )
+
+
+def _worst_adversary(
+    job: Job, deployed: Deployed, roles: Roles
+) -> tuple[Adversary, dict[str, float]]:
+    """Screens all coalitions of the protocol's size by ridge regression and picks the worst."""
+    rule, defense = job.protocol.adversary, deployed.defense
+    size = min(rule.coalition, defense.servers)
+    coalitions = list(itertools.combinations(range(defense.servers), size))
+    if len(coalitions) == 1:
+        return Adversary(rule.knowledge, coalitions[0]), {}
+    learn, judge = roles.auxiliary.take(SCREENING_IMAGES), roles.validation
+    sent = defense.transmit(learn, job.protocol.batch, seeding.derive(job.seed, "screening"))
+    other = defense.transmit(judge, job.protocol.batch, seeding.derive(job.seed, "screened"))
+    errors = {}
+    with progress.task("Screening coalitions", total=len(coalitions)) as task:
+        for coalition in coalitions:
+            reader = Adversary(rule.knowledge, coalition)
+            errors[coalition] = ridge_error(
+                reader.reads(sent), learn.images(), reader.reads(other), judge.images(), job.seed
+            )
+            task.advance()
+    worst = min(errors, key=errors.__getitem__)
+    named = {"+".join(map(str, coalition)): error for coalition, error in errors.items()}
+    return Adversary(rule.knowledge, worst), named

@@ -1,0 +1,52 @@
+"""What to run: one defense against one attack under one protocol with one seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mibench.files import Json
+from mibench.protocol import Protocol
+
+UNDEFENDED = "none"
+"""Name of the reference that leakage and accuracy are normalised by."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to run: one defense against one attack under one protocol with one seed.
+
+    ``defense_params`` and ``attack_params`` are what the user set; the protocol's own attack
+    parameters lie beneath.
+    """
+
+    protocol: Protocol
+    defense: str
+    attack: str
+    defense_params: Mapping[str, Json]
+    attack_params: Mapping[str, Json]
+    seed: int = 0
+
+    def undefended(self) -> Job:
+        """The same attack on the undefended split."""
+        return Job(self.protocol, UNDEFENDED, self.attack, {}, self.attack_params, self.seed)
+
+    def merged_attack_params(self) -> dict[str, Json]:
+        """The protocol's parameters of this attack with the user's on top."""
+        return _merge(self.protocol.attacks.get(self.attack, {}), self.attack_params)
+
+    def deviations(self) -> list[str]:
+        """How this job departs from its protocol."""
+        found = [f"attack.{key} set by hand" for key in sorted(self.attack_params)]
+        if self.seed not in self.protocol.seeds:
+            found.append(f"seed {self.seed} is none of the protocol's {list(self.protocol.seeds)}")
+        return found
+
+
+def _merge(below: Mapping[str, Json], above: Mapping[str, Json]) -> dict[str, Json]:
+    merged = dict(below)
+    for key, value in above.items():
+        under = merged.get(key)
+        both = isinstance(under, Mapping) and isinstance(value, Mapping)
+        merged[key] = _merge(under, value) if both else value  # type: ignore[arg-type]
+    return merged
