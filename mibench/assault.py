@@ -66,7 +66,7 @@ class Assault:
         def make(_: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Json]]:
             with seeding.stream(shop.seed, "blind"), blaming(type(self.attacker), "blind"):
                 images = self.attacker.blind(count)
-            return {} if images is None else {"prior-sample": self._checked(images, count)}, {}
+                return {} if images is None else {"prior-sample": self._checked(images, count)}, {}
 
         return shop.keep("reconstruction", {**self.spec, "shares": "none"}, make).tensors
 
@@ -81,8 +81,8 @@ class Assault:
             ) -> tuple[dict[str, Tensor], dict[str, Json]]:
                 draws = seeding.stream(shop.seed, "reconstruct", which, start)
                 with draws, blaming(method, "reconstruct"):
-                    images = self.attacker.reconstruct(chunk)
-                return {"images": self._checked(images, len(chunk[0]))}, {}
+                    images = self._checked(self.attacker.reconstruct(chunk), len(chunk[0]))
+                return {"images": images}, {}
 
             spec = {**self.spec, "shares": which, "start": start}
             parts.append(shop.keep("reconstruction", spec, make).tensors["images"])
@@ -90,6 +90,8 @@ class Assault:
 
     def _checked(self, images: Tensor, count: int) -> Tensor:
         who, wanted = f"attack {self.attacker.name}", (count, *self.image_shape)
+        if not isinstance(images, Tensor):
+            raise PluginError(f"{who} returned {type(images).__name__}, not a tensor of images")
         if tuple(images.shape) != wanted:
             raise PluginError(f"{who} returned images of shape {tuple(images.shape)}, not {wanted}")
         if not images.isfinite().all() or images.min() < 0 or images.max() > 1:

@@ -55,10 +55,9 @@ def best_guess(
     best = []
     for at, metric in enumerate(names):
         rated = {name: trial.summary[at] for name, trial in trials.items()}
-        chosen = next(iter(guesses))
-        for name, one in rated.items():
-            better = (one.value or 0) - (rated[chosen].value or 0)
-            if (better > 0) == one.higher_is_better and better != 0:
-                chosen = name
+        known_values = {name: one.value for name, one in rated.items() if one.value is not None}
+        sign = 1 if next(iter(rated.values())).higher_is_better else -1
+        order = sorted(known_values, key=lambda name: -sign * known_values[name])
+        chosen = next(iter([*order, *guesses]))
         best.append(score((metric,), guesses[chosen], originals, seed).named(chosen))
     return Scores.joined(best)

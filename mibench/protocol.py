@@ -110,7 +110,7 @@ class Protocol(Parameters):
         metrics: names of the scores, in the order of the tables.
         seeds: seeds of a complete result; a single run uses one of them.
         max_client_flops: client budget per image; above it a row is not ranked.
-        batch: images per batch when attacking; results do not depend on it beyond rounding.
+        batch: images per batch when attacking; random draws are made batch by batch.
         threads: CPU threads; another number changes results in the last bits.
         minutes: minutes that parts took on a CPU, for the estimate before a run: ``defense`` and
             each attack by name, per target; ``<attack> once`` for what all its targets share.
@@ -134,7 +134,7 @@ class Protocol(Parameters):
     @cached_property
     def content_id(self) -> str:
         """Hash of every value that can change a result (titles and time estimates cannot)."""
-        described = self.model_dump(mode="json", exclude={"title", "minutes", "batch"})
+        described = self.model_dump(mode="json", exclude={"title", "minutes"})
         return content_id(described)
 
     @property

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, model_validator
 
 from mibench.errors import RecordError
 from mibench.files import content_id, pretty_json
@@ -32,7 +32,7 @@ class Component(_Part):
 
 
 class Score(_Part):
-    """One number with its interval; ``value`` is null exactly when ``reason`` says why."""
+    """One number with its interval; ``value`` is null only when ``reason`` says why."""
 
     metric: str
     version: int
@@ -44,6 +44,12 @@ class Score(_Part):
     n: int
     source: str | None = None
     reason: str | None = None
+
+    @model_validator(mode="after")
+    def _explained(self) -> Score:
+        if self.value is None and self.reason is None:
+            raise ValueError("a score without a value must give the reason")
+        return self
 
 
 class ProtocolId(_Part):

@@ -70,7 +70,8 @@ class Gradient(Attack):
         repeated = tuple(torch.cat([share] * restarts) for share in shares)
         weights = torch.full((count * restarts,), self._weight, device=shares[0].device)
         images, objective = self._optimise(repeated, weights)
-        best = objective.view(restarts, count).argmin(0)
+        # A restart that diverged is never the best.
+        best = objective.nan_to_num(nan=torch.inf).view(restarts, count).argmin(0)
         return images.view(restarts, count, *images.shape[1:])[
             best, torch.arange(count, device=best.device)
         ]

@@ -125,17 +125,17 @@ def load_roles(rule: DataRule, data_root: Path | None) -> Roles:
         private=cut(rule.private),
         class_names=dataset.class_names,
     )
-    _refuse_overlap(roles, rule.attacked)
+    _refuse_overlap(roles)
     return roles
 
 
-def _refuse_overlap(roles: Roles, attacked: int) -> None:
-    scored = set(roles.private.take(attacked).hashes())
+def _refuse_overlap(roles: Roles) -> None:
+    scored = set(roles.private.hashes())
     for role in ("train", "auxiliary", "validation"):
         seen = sum(image in scored for image in getattr(roles, role).hashes())
         if seen:
             raise DataError(
-                f"{seen} images of the role {role!r} are also under attack in the role 'private'; "
+                f"{seen} images of the role {role!r} are also in the role 'private'; "
                 "an attack or a defense would be scored on images it has seen. "
                 "Mend the data folder or the protocol's roles."
             )

@@ -126,6 +126,8 @@ class Defense(nn.Module, ABC):
 
         title = f"Training {self.name}"
         facts = optimise(self, losses, recipe, seed=seed, checkpoint=checkpoint, title=title)
+        # The layout in memory decides where random draws land: leave it as it is after loading.
+        self.to(memory_format=torch.contiguous_format)
         return facts | self.describe()
 
     def describe(self) -> Facts:

@@ -191,7 +191,7 @@ class PrivDFS(Defense):
         drop = torch.zeros_like(logits[:1])
         soft = torch.cat([logits, drop]).softmax(0)[:-1]
         hard = torch.zeros_like(soft).scatter_(1, self.assignment, 1.0)
-        return hard + soft - soft.detach()
+        return hard + (soft - soft.detach())
 
     @torch.no_grad()
     def _assign(self) -> None:

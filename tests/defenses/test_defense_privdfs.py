@@ -63,7 +63,6 @@ def test_shares_hold_the_assigned_units_only(make_defense, pictures):
             assert torch.equal(share[:, place], features[:, channel, dy::2, dx::2])
 
 
-@pytest.mark.xfail(strict=True, reason="(1 + soft) - soft rounds to 1 +- 6e-8 in places")
 @quick
 @given(st.integers(0, 10_000), st.floats(0.01, 30.0))
 def test_masks_are_exactly_zero_or_one(make_defense, seed, spread):

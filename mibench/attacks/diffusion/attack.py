@@ -18,7 +18,7 @@ from mibench.attacks.tuning import best_weight
 from mibench.data.base import ImageSet
 from mibench.defenses.base import Shares
 from mibench.files import Json
-from mibench.registry import attacks
+from mibench.registry import attacks, fingerprint
 from mibench.threat import Knowledge, Target
 
 SCALES = {
@@ -102,6 +102,11 @@ class Diffusion(Attack):
     def facts(self) -> dict[str, Json]:
         """The chosen step size with its validation errors, the prior and the decoder."""
         return self._facts
+
+    def spec(self) -> dict[str, Json]:
+        """As `Attack.spec`, with the code of the sampler, the prior and the decoder."""
+        parts = (SamplerParams, Prior, Decoder)
+        return {**super().spec(), "parts": [fingerprint(part) for part in parts]}
 
     def _candidates(self) -> tuple[float, ...]:
         return self.params.scales or SCALES[self.params.sampler.guidance]

@@ -164,4 +164,10 @@ def _from_hub(name: str) -> Prior:
             "internet, check the id, or leave attack.prior.pretrained out to train a prior on "
             "auxiliary images."
         ) from error
+    config = unet.config
+    if scheduler.config.prediction_type != "epsilon" or config.out_channels != config.in_channels:
+        raise InvalidParamsError(
+            f"attack.prior.pretrained: {name!r} does not predict the noise alone (its prediction "
+            f"type is {scheduler.config.prediction_type!r}); choose an unconditional DDPM"
+        )
     return Prior(unet, scheduler, patch=1)

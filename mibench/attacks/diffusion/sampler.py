@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from mibench import progress
@@ -38,6 +38,12 @@ class SamplerParams(Parameters):
     rate: float = Field(default=0.2, gt=0, le=1, description="g_r of DSG")
     momentum: bool = Field(default=False, description="direction smoothed as in DRAG")
     recurrence: int = Field(default=1, gt=0, description="k, repeats of each level")
+
+    @model_validator(mode="after")
+    def _guides(self) -> SamplerParams:
+        if self.guidance == "dsg" and self.eta == 0:
+            raise ValueError("dsg guides through the noise of a step, so eta must be above 0")
+        return self
 
 
 class Direction:
@@ -93,10 +99,11 @@ def straight_through_clamp(x: Tensor) -> Tensor:
 
 
 def proximal(misfit: Misfit, clean: Tensor, spread: float, weight: Tensor, steps: int) -> Tensor:
-    """Data step of DiffPIR (Zhu et al., arXiv 2305.08995, equation 13), by Adam without momentum.
+    """Data step of DiffPIR (Zhu et al., arXiv 2305.08995, equation 13), by Adam.
 
     Minimises -log p(z | x) + weight |x - clean|^2 / (2 spread^2) from x = ``clean``, per image:
-    what the shares say against what the denoiser says, each with its own variance.
+    what the shares say against what the denoiser says, each with its own variance. The second
+    moment of Adam is one per image, so that pixels keep their relative weight.
 
     Args:
         misfit: negative log-likelihood of the shares.
