@@ -22,7 +22,7 @@ from mibench.registry import attacks, fingerprint
 from mibench.threat import Knowledge, Target
 
 SCALES = {
-    "proximal": (0.01, 0.1, 1.0, 10.0),
+    "proximal": (0.01, 0.1, 1.0, 10.0, 100.0),
     "dps": (0.1, 0.3, 1.0, 3.0),
     "dsg": (1.0,),  # takes only the direction of the gradient: there is no weight to choose
 }

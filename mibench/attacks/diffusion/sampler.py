@@ -30,11 +30,11 @@ class SamplerParams(Parameters):
 
     steps: int = Field(default=50, gt=0, description="noise levels from T to 0")
     strength: float = Field(
-        default=0.2, gt=0, le=1, description="share of the levels run from the initial image"
+        default=0.1, gt=0, le=1, description="share of the levels run from the initial image"
     )
     eta: float = Field(default=1.0, ge=0, le=1, description="stochasticity: 0 is DDIM, 1 is DDPM")
     guidance: Literal["proximal", "dps", "dsg"] = "proximal"
-    inner: int = Field(default=10, gt=0, description="descent steps per level of proximal guidance")
+    inner: int = Field(default=30, gt=0, description="descent steps per level of proximal guidance")
     rate: float = Field(default=0.2, gt=0, le=1, description="g_r of DSG")
     momentum: bool = Field(default=False, description="direction smoothed as in DRAG")
     recurrence: int = Field(default=1, gt=0, description="k, repeats of each level")
