@@ -62,6 +62,9 @@ class PrivDFS(Defense):
         )
         period: int = Field(default=2, ge=1, description="p, grid period of a unit; 1 is a channel")
         width: int = Field(default=48, ge=4, description="channels of a branch's first stage")
+        embedding: int = Field(
+            default=0, ge=0, description="values that a branch replies beside its class scores"
+        )
         branch: float = Field(default=0.3, ge=0, description="b, weight of the branches' own loss")
         leakage: float = Field(default=1.0, ge=0, description="l, weight of the leakage term")
         learned: bool = Field(default=True, description="false keeps random masks, as a control")
@@ -95,13 +98,15 @@ class PrivDFS(Defense):
         self.branches = nn.ModuleList(
             nn.Sequential(
                 nn.BatchNorm2d(params.width),
-                split.branch(shape, split.classes, params.width),
+                split.branch(shape, split.classes + params.embedding, params.width),
             )
             for _ in range(k)
         )
+        self.classes = split.classes
+        replied = k * (split.classes + params.embedding)
         self.fusion = nn.Sequential(
-            nn.LayerNorm(k * split.classes),
-            nn.Linear(k * split.classes, 64),
+            nn.LayerNorm(replied),
+            nn.Linear(replied, 64),
             nn.ReLU(),
             nn.Linear(64, split.classes),
         )
@@ -120,13 +125,13 @@ class PrivDFS(Defense):
         return tuple(units[:, kept] for kept in self.assignment)
 
     def serve(self, index: int, share: Tensor) -> Tensor:
-        """Branch ``index``: share (B, n, H/p, W/p) → class scores (B, classes)."""
+        """Branch ``index``: share (B, n, H/p, W/p) → class scores (B, classes), and embedding."""
         weight = self.embed[index][:, self.assignment[index], None, None]
         reply: Tensor = self.branches[index](F.conv2d(share, weight))
         return reply
 
     def fuse(self, replies: tuple[Tensor, ...]) -> Tensor:
-        """Fusion network on the client over the K class scores."""
+        """Fusion network on the client over the K replies."""
         fused: Tensor = self.fusion(torch.cat(replies, dim=1))
         return fused
 
@@ -154,7 +159,8 @@ class PrivDFS(Defense):
             replies = tuple(self.serve(k, share) for k, share in enumerate(shares))
         terms = {"task": F.cross_entropy(self.fuse(replies), labels)}
         if self.params.branch:
-            own = torch.stack([F.cross_entropy(reply, labels) for reply in replies])
+            scores = [reply[:, : self.classes] for reply in replies]
+            own = torch.stack([F.cross_entropy(score, labels) for score in scores])
             terms["branch"] = self.params.branch * own.mean()
         if self.params.leakage:
             some = slice(0, LEAKAGE_IMAGES)
