@@ -74,7 +74,9 @@ class Assault:
         shop, method = self.attacker.workshop, type(self.attacker)
         parts = []
         for start in range(0, len(shares[0]), self.batch):
-            chunk = tuple(share[start : start + self.batch].to(shop.device) for share in shares)
+            part = slice(start, start + self.batch)
+            # A copy: an attack that writes into its input must not reach the controls.
+            chunk = tuple(share[part].clone().to(shop.device) for share in shares)
 
             def make(
                 _: Checkpoint, chunk: Shares = chunk, start: int = start
@@ -116,7 +118,10 @@ def attack(
         attacker.prepare(target, roles.auxiliary, roles.validation)
 
     private = roles.private.take(protocol.data.attacked)
-    sent = deployed.defense.transmit(private, protocol.batch, job.seed)
+    # A stream of the users' own, which no attack draws from.
+    users = seeding.derive(job.seed, "users", deployed.identity)
+    with blaming(type(deployed.defense), "protect"):
+        sent = deployed.defense.transmit(private, protocol.batch, users)
     return Assault(
         attacker=attacker,
         adversary=AdversaryFacts(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,13 +11,14 @@ from torch import Tensor
 
 from mibench import progress, seeding
 from mibench.artifacts import ArtifactStore, Checkpoint
-from mibench.backbones.base import BackboneSpec, Split
+from mibench.backbones.base import BackboneSpec
 from mibench.data.base import Roles
 from mibench.defenses.base import Defense, Facts
-from mibench.errors import blaming
+from mibench.errors import PluginError, blaming
+from mibench.files import canonical_json
 from mibench.job import Job
 from mibench.params import build
-from mibench.registry import defenses, fingerprint
+from mibench.registry import defenses, fingerprint, lineage, package_fingerprint
 from mibench.training import Step
 
 
@@ -25,7 +28,7 @@ class Deployed:
 
     Attributes:
         defense: the model in evaluation mode.
-        identity: content id of the trained weights.
+        identity: hash of the trained weights.
         facts: what training reported.
     """
 
@@ -34,31 +37,52 @@ class Deployed:
     facts: Facts
 
 
-def fit(job: Job, roles: Roles, store: ArtifactStore, device: str) -> Deployed:
-    """Trains the job's defense on the train role, or takes it from the cache."""
+def build_defense(job: Job, image_shape: tuple[int, int, int], classes: int) -> Defense:
+    """Builds the job's defense around a fresh backbone, with initial weights of the job's seed.
+
+    Raises:
+        MibenchError: a name or parameter is wrong, or the defense cannot be built.
+    """
     rule = job.protocol.backbone
     spec = BackboneSpec(rule.name, rule.params, rule.split_point)
-    split = spec.build(roles.train.image_shape, len(roles.class_names), job.seed)
+    split = spec.build(image_shape, classes, job.seed)
     method = defenses.load(job.defense)
     params = build(method.Params, job.defense_params, f"defense {job.defense}")
     with seeding.stream(job.seed, "defense"), blaming(method, "__init__"):
-        defense = method(split, params).to(device)
+        return method(split, params)
+
+
+def fit(job: Job, roles: Roles, store: ArtifactStore, device: str) -> Deployed:
+    """Trains the job's defense on the train role, or takes it from the cache.
+
+    What is deployed is a new object with the trained weights, so that nothing but its state
+    dictionary can pass from training to use.
+
+    Raises:
+        PluginError: the defense breaks the contract of `Defense`.
+    """
+    shape, classes = roles.train.image_shape, len(roles.class_names)
+    learner = build_defense(job, shape, classes)
+    method = type(learner)
 
     def make(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], Facts]:
         seed = seeding.derive(job.seed, "fit")
         with blaming(method, "fit"):
-            facts = defense.fit(roles.train, job.protocol.recipe, seed, checkpoint)
-        return defense.state_dict(), facts
+            learner.to(device)
+            facts = learner.fit(roles.train, job.protocol.recipe, seed, checkpoint)
+            canonical_json(facts)
+        return learner.state_dict(), facts
 
     artifact = store.fetch(
         "defense",
         {
             "defense": job.defense,
-            "params": params.model_dump(mode="json"),
-            "backbone": rule.model_dump(mode="json"),
+            "params": learner.params.model_dump(mode="json"),
+            "backbone": job.protocol.backbone.model_dump(mode="json"),
             "recipe": job.protocol.recipe.model_dump(mode="json"),
             "train": roles.train.identity,
-            "code": [fingerprint(c) for c in (method, type(split.backbone), Split, Defense, Step)],
+            "code": [*lineage(method), package_fingerprint("mibench.backbones"), fingerprint(Step)],
+            "torch": torch.__version__,
             "seed": job.seed,
             "device": torch.device(device).type,
             "threads": job.protocol.threads,
@@ -67,6 +91,51 @@ def fit(job: Job, roles: Roles, store: ArtifactStore, device: str) -> Deployed:
     )
     if artifact.reused:
         progress.note(f"reused the trained defense {job.defense} ({artifact.key[:8]})")
+    defense = build_defense(job, shape, classes)
     defense.load_state_dict(artifact.tensors)
-    defense.eval()
-    return Deployed(defense.requires_grad_(requires_grad=False), artifact.key, artifact.facts)
+    defense.to(device).eval().requires_grad_(requires_grad=False)
+    check_contract(defense, roles.validation.images(slice(0, 4)).to(device))
+    return Deployed(defense, _hash(artifact.tensors), artifact.facts)
+
+
+@torch.no_grad()
+def check_contract(defense: Defense, images: Tensor) -> None:
+    """Refuses a defense whose shares are not what it declares.
+
+    Raises:
+        PluginError: the shares are no tuple of one tensor per server and row per image, are not
+            finite, or are random without a law that attacks could know.
+    """
+    method = type(defense)
+    with blaming(method, "protect"):
+        shares, again = defense.protect(images), defense.protect(images)
+    who = f"{method.__name__}.protect()"
+    if not isinstance(shares, tuple) or not all(isinstance(share, Tensor) for share in shares):
+        raise PluginError(f"{who} must return a tuple of tensors, one per server")
+    if len(shares) != defense.servers:
+        raise PluginError(
+            f"{who} returned {len(shares)} shares, but the defense declares {defense.servers} "
+            "servers; override `servers`, so that every server can be attacked"
+        )
+    for share in shares:
+        if share.ndim < 2 or len(share) != len(images):
+            raise PluginError(
+                f"{who} returned a share of shape {tuple(share.shape)} for {len(images)} images; "
+                "the first axis must be the batch"
+            )
+        if not share.isfinite().all():
+            raise PluginError(f"{who} returned values that are infinite or not a number")
+    random = any(not torch.equal(a, b) for a, b in zip(shares, again, strict=True))
+    if random and method.predict is Defense.predict:
+        raise PluginError(
+            f"{who} is random, so {method.__name__} must override predict() and log_likelihood(): "
+            "an attack has to meet the true law of what is sent"
+        )
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

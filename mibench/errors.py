@@ -5,6 +5,7 @@ Every message says what was wrong, where, and what to do. A bug of ours is any o
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,7 +64,9 @@ def blaming(component: type, method: str) -> Iterator[None]:
     except Exception as error:
         if component.__module__.startswith("mibench."):
             raise
-        frame = traceback.extract_tb(error.__traceback__)[-1]
+        frames = traceback.extract_tb(error.__traceback__)
+        file = getattr(sys.modules.get(component.__module__), "__file__", None)
+        frame = next((one for one in reversed(frames) if one.filename == file), frames[-1])
         raise PluginError(
             f"{component.__name__}.{method}() raised {type(error).__name__}: {error} "
             f"({frame.filename}, line {frame.lineno})"

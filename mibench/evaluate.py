@@ -78,8 +78,10 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
     permuted_scores = score(names, permuted, originals, seed)
     floor = best_guess(names, guesses, roles.validation, originals, seed)
 
-    right = correct(deployed.defense, roles.private, job.protocol.batch)
-    reference_right = correct(reference.defense, roles.private, job.protocol.batch)
+    batch = job.protocol.batch
+    right = correct(deployed.defense, roles.private, batch)
+    reference_right = correct(reference.defense, roles.private, batch)
+    validated = correct(deployed.defense, roles.validation, batch)
     spent = cost(deployed.defense, reference.defense, private)
     over = _over_budget(job.protocol, spent)
     record = opened.completed(
@@ -96,6 +98,8 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
         utility=[
             accuracy_score("accuracy", right, seed),
             accuracy_score("undefended accuracy", reference_right, seed),
+            # For whoever chooses a defense's parameters: never choose them on private images.
+            accuracy_score("validation accuracy", validated, seed),
         ],
         cost=spent,
         defense_facts=deployed.facts,
@@ -124,6 +128,8 @@ def open_record(job: Job, device: str) -> Record:
         InvalidParamsError: a parameter that its component refuses.
     """
     protocol, backbone = job.protocol, job.protocol.backbone
+    for name in protocol.attacks:
+        attacks.entry(name)
     granted = protocol.adversary.knowledge
     method = attacks.load(job.attack)
     if not granted.grants(method.knowledge):

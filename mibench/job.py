@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mibench.files import Json
 from mibench.protocol import Protocol
+from mibench.registry import attacks
 
 UNDEFENDED = "none"
 """Name of the reference that leakage and accuracy are normalised by."""
@@ -33,11 +34,19 @@ class Job:
 
     def merged_attack_params(self) -> dict[str, Json]:
         """The protocol's parameters of this attack with the user's on top."""
-        return _merge(self.protocol.attacks.get(self.attack, {}), self.attack_params)
+        return _merge(self.protocol.attacks.get(self._attack_name, {}), self.attack_params)
+
+    @property
+    def _attack_name(self) -> str:
+        """The name that a built-in was registered with, however the user has spelled it."""
+        method = attacks.load(self.attack)
+        return method.name if method.__module__.startswith("mibench.") else self.attack
 
     def deviations(self) -> list[str]:
         """How this job departs from its protocol."""
         found = [f"attack.{key} set by hand" for key in sorted(self.attack_params)]
+        if self._attack_name not in self.protocol.attacks:
+            found.append(f"attack {self.attack} is none of the protocol's")
         if self.seed not in self.protocol.seeds:
             found.append(f"seed {self.seed} is none of the protocol's {list(self.protocol.seeds)}")
         return found

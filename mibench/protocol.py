@@ -124,8 +124,8 @@ class Protocol(Parameters):
     recipe: Recipe
     adversary: AdversaryRule = AdversaryRule()
     attacks: dict[str, dict[str, JsonValue]] = Field(default_factory=dict)
-    metrics: tuple[str, ...] = ("mse", "psnr", "ssim", "lpips")
-    seeds: tuple[int, ...] = (0,)
+    metrics: tuple[str, ...] = Field(default=("mse", "psnr", "ssim", "lpips"), min_length=1)
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     max_client_flops: int | None = Field(default=None, gt=0)
     batch: int = Field(default=128, gt=0)
     threads: int = Field(default=1, gt=0)

@@ -100,7 +100,8 @@ class Record(_Part):
         prior_only: the best blind guess, per metric; ``source`` names the guess.
         permuted: the attack on other images' shares.
         leakage: normalised: 0 is a blind guess, 1 is the undefended split.
-        utility: accuracy of the defended and of the undefended model on all private images.
+        utility: accuracy of the defended and of the undefended model on all private images, and of
+            the defended one on the validation images.
     """
 
     format_version: int = FORMAT

@@ -6,6 +6,7 @@ Other components come from entry points of installed distributions, or by locati
 """
 
 import ast
+import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -596,6 +597,28 @@ def fingerprint(cls: type) -> str:
                 f"the source of {_place(cls)} cannot be had; put the class into a file"
             ) from error
     return hashlib.sha256(_normal(ast.parse(source)).encode()).hexdigest()[:16]
+
+
+def lineage(cls: type) -> list[str]:
+    """Fingerprints of a class and of its ancestors, those of other libraries left out.
+
+    Raises:
+        PluginError: As `fingerprint`.
+    """
+    foreign = {"abc", "builtins", "pydantic", "torch", "typing"}
+    own = (one for one in cls.__mro__ if one.__module__.partition(".")[0] not in foreign)
+    return [fingerprint(one) for one in own]
+
+
+@functools.cache
+def package_fingerprint(name: str) -> str:
+    """Hash of the code of all modules of a package, docstrings and comments left out."""
+    digest = hashlib.sha256()
+    spec = importlib.util.find_spec(name)
+    for folder in sorted(spec.submodule_search_locations or ()) if spec else ():
+        for file in sorted(Path(folder).rglob("*.py")):
+            digest.update(_normal(ast.parse(file.read_bytes())).encode())
+    return digest.hexdigest()[:16]
 
 
 # --- the registries -----------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Named random streams: every draw of a run comes from (seed, names), never from a shared state.
 
-Two stages never share a stream, so a stage that is added, skipped or served from the cache does not
-shift the draws of another one.
+Each stage names streams of its own, so a stage that is added, skipped or served from the cache does
+not shift the draws of another one.
 """
 
 from __future__ import annotations

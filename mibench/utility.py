@@ -2,27 +2,55 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from mibench import seeding
 from mibench.data.base import ImageSet
-from mibench.defenses.base import Defense
+from mibench.defenses.base import Defense, Shares
+from mibench.errors import blaming
 from mibench.metrics.cost import bytes_on_wire, client_cost, count_parameters
 from mibench.record import Cost
+
+BLOCK = 1024
+"""Images whose shares are held at a time."""
 
 
 @torch.no_grad()
 def correct(defense: Defense, images: ImageSet, batch: int) -> Tensor:
     """Returns 1 for each image that is classified correctly, randomness included, else 0 (N,)."""
     device = next(defense.parameters()).device
+    # The servers are another object than the client and get the shares in another order, so that
+    # nothing can reach them through the object or through the order of a batch.
+    servers = copy.deepcopy(defense)
     hits = []
-    with seeding.stream(0, "utility"):
-        for start in range(0, len(images), batch):
-            part = slice(start, start + batch)
-            logits = defense(images.images(part).to(device))
-            hits.append(logits.argmax(1).cpu() == images.labels[part])
+    with seeding.stream(0, "utility"), blaming(type(defense), "forward"):
+        for start in range(0, len(images), BLOCK):
+            block = images.images(slice(start, start + BLOCK)).to(device)
+            sent = [defense.protect(part) for part in torch.split(block, batch)]
+            shares = [torch.cat(parts) for parts in zip(*sent, strict=True)]
+            replies = [
+                _shuffled(partial(_serve, servers, k), (share,), batch)
+                for k, share in enumerate(shares)
+            ]
+            logits = _shuffled(defense.fuse, tuple(replies), batch)
+            hits.append(logits.argmax(1).cpu() == images.labels[start : start + BLOCK])
     return torch.cat(hits).float()
+
+
+def _serve(servers: Defense, index: int, received: Shares) -> Tensor:
+    return servers.serve(index, *received)
+
+
+def _shuffled(call: Callable[[Shares], Tensor], inputs: Shares, batch: int) -> Tensor:
+    """Applies a function batch by batch, in random order, and puts the results back in order."""
+    order = torch.randperm(len(inputs[0])).to(inputs[0].device)
+    parts = [call(tuple(one[turn] for one in inputs)) for turn in torch.split(order, batch)]
+    return torch.cat(parts)[order.argsort()]
 
 
 @torch.no_grad()

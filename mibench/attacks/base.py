@@ -16,8 +16,9 @@ from mibench.data.base import ImageSet
 from mibench.defenses.base import Shares
 from mibench.files import Json
 from mibench.params import Parameters
-from mibench.registry import fingerprint
+from mibench.registry import fingerprint, lineage, package_fingerprint
 from mibench.threat import Knowledge, Target
+from mibench.training import Step
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Workshop:
             "seed": self.seed,
             "device": self.device.type,
             "threads": self.threads,
+            "training": fingerprint(Step),
+            "torch": torch.__version__,
         }
         artifact = self.store.fetch(kind, {**spec, **where}, make)
         if artifact.reused:
@@ -113,7 +116,7 @@ class Attack(ABC):
         return {
             "attack": self.name,
             "version": self.version,
-            "code": fingerprint(type(self)),
+            "code": [*lineage(type(self)), package_fingerprint("mibench.attacks")],
             "params": self.params.model_dump(mode="json"),
             "image_shape": list(self.workshop.image_shape),
         }

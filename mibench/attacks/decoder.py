@@ -69,26 +69,33 @@ class Decoder(Attack):
             weight_decay=1e-4, warmup=0.05, crop=0,
         )  # fmt: skip
 
+        seed = seeding.derive(shop.seed, "decoder training")
+
         def make(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Json]]:
             with seeding.stream(shop.seed, "decoder statistics"):
                 some = auxiliary.take(STATISTICS).images().to(shop.device)
                 network.standardise(target.query(some))
 
             def losses(step: Step) -> Losses:
-                index = shuffled_batch(len(auxiliary), params.batch, shop.seed, step.index)
+                index = shuffled_batch(len(auxiliary), params.batch, seed, step.index)
                 images = auxiliary.images(index).to(shop.device)
                 images = augment(images, recipe, step.generator)
                 return {"mse": F.mse_loss(network(target.query(images)).float(), images)}
 
             facts = optimise(
-                network, losses, recipe, seed=shop.seed, checkpoint=checkpoint,
+                network, losses, recipe, seed=seed, checkpoint=checkpoint,
                 title="Training decoder", average=AVERAGE,
             )  # fmt: skip
             with seeding.stream(shop.seed, "decoder validation"):
                 facts["validation_mse"] = self._error(network, target, validation)
             return network.state_dict(), facts
 
-        spec = {**self.spec(), "target": target.identity, "auxiliary": auxiliary.identity}
+        spec = {
+            **self.spec(),
+            "target": target.identity,
+            "auxiliary": auxiliary.identity,
+            "validation": validation.identity,
+        }
         artifact = shop.keep("decoder", spec, make)
         network.load_state_dict(artifact.tensors)
         self._network = network.eval()
@@ -166,7 +173,7 @@ class ShareEntry(nn.Module):
         if self.is_map:
             # A share with more than `size` positions a side is folded, never pooled: pooling would
             # throw away what it leaks.
-            self.fold = max(1, shape[-1] // size)
+            self.fold = max(1, -(-max(shape[1:]) // size))
             self.layer = nn.Conv2d(shape[0] * self.fold**2, width, 3, padding=1)
         else:
             self.fold = 1
@@ -184,6 +191,7 @@ class ShareEntry(nn.Module):
         """Returns features (B, width, size, size)."""
         share = ((share if self.is_map else share.flatten(1)) - self.mean) / self.std
         if self.is_map:
+            share = F.pad(share, (0, -share.shape[3] % self.fold, 0, -share.shape[2] % self.fold))
             out = self.layer(F.pixel_unshuffle(share, self.fold))
         else:
             out = self.layer(share).unflatten(1, (-1, 8, 8))

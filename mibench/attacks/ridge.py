@@ -29,20 +29,23 @@ def ridge_error(
         seed: of the random projection.
     """
     x, other_x = _flat(shares), _flat(other_shares)
+    # What a share tells does not depend on its scale, so neither may the penalty.
+    mean_x, std_x = x.mean(0), x.std(0)
+    std_x = torch.where(std_x > 1e-6, std_x, torch.inf)
+    x, other_x = (x - mean_x) / std_x, (other_x - mean_x) / std_x
     y = images.flatten(1)
     if x.shape[1] > MAX_INPUTS:
         draws = seeding.generator(seed, "ridge projection")
         projection = torch.randn(x.shape[1], MAX_INPUTS, generator=draws) / math.sqrt(x.shape[1])
         x, other_x = x @ projection.to(x.device), other_x @ projection.to(x.device)
-    mean_x, mean_y = x.mean(0), y.mean(0)
-    x = x - mean_x
+    mean_y = y.mean(0)
     gram, cross = x.T @ x, x.T @ (y - mean_y)
     scale = gram.diagonal().mean().clamp_min(1e-12)
     identity = torch.eye(len(gram), device=gram.device)
     errors = []
     for penalty in PENALTIES:
         weights = torch.linalg.solve(gram + penalty * scale * identity, cross)
-        guess = ((other_x - mean_x) @ weights + mean_y).clamp(0, 1)
+        guess = (other_x @ weights + mean_y).clamp(0, 1)
         errors.append((guess - other_images.flatten(1)).square().mean().item())
     return float(min(errors))
 

@@ -138,7 +138,9 @@ def _identity(record: Record) -> dict[str, object]:
     """What tells one run from another, by the names that a user knows."""
     return {
         "defense": record.defense.name,
+        "code of the defense": record.defense.code,
         "attack": record.attack.name,
+        "code of the attack": record.attack.code,
         "protocol": record.protocol.id,
         "seed": record.seed,
         **{f"defense.{key}": value for key, value in record.defense.params.items()},
@@ -178,13 +180,17 @@ def _check_names(
 
 def _check_components(job: Job, device: str) -> Record:
     """Everything else that can be checked before anything is trained."""
+    from mibench.deployment import build_defense
     from mibench.evaluate import open_record
     from mibench.registry import datasets, metrics
 
-    datasets.load(job.protocol.data.dataset)
+    dataset = datasets.load(job.protocol.data.dataset)
     for metric in job.protocol.metrics:
         metrics.load(metric)
-    return open_record(job, device)
+    record = open_record(job, device)
+    size = job.protocol.data.image_size
+    build_defense(job, (3, size, size), len(dataset.class_names))
+    return record
 
 
 def _print_plan(console: Console, job: Job, record: Record, folder: Path) -> None:

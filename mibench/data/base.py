@@ -108,7 +108,7 @@ class Roles:
 
 
 def load_roles(rule: DataRule, data_root: Path | None) -> Roles:
-    """Cuts the four roles as the protocol says and proves that they share no image.
+    """Cuts the four roles as the protocol says and proves that none shares a private image.
 
     Raises:
         DataError: an image of one role is, byte for byte, an image of the private role as well.

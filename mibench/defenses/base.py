@@ -48,11 +48,12 @@ class Defense(nn.Module, ABC):
 
     def __init_subclass__(cls, **keywords: object) -> None:
         super().__init_subclass__(**keywords)
-        if "forward" in cls.__dict__:
-            raise PluginError(
-                f"{cls.__name__} overrides forward(); a defense overrides protect(), serve() and "
-                "fuse(), so that nothing but its shares reaches a server"
-            )
+        for name in ("forward", "__call__", "transmit"):
+            if name in cls.__dict__:
+                raise PluginError(
+                    f"{cls.__name__} overrides {name}(); a defense overrides protect(), serve() "
+                    "and fuse(), so that nothing but its shares reaches a server"
+                )
 
     def __init__(self, split: Split, params: Params) -> None:
         super().__init__()

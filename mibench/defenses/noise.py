@@ -58,7 +58,8 @@ class Noise(Defense):
         if self.params.law == "gaussian":
             return (clean + self.deviation * torch.randn_like(clean),)
         # Laplace of unit variance has scale 1/sqrt(2); inverse of its distribution function.
-        u = torch.rand_like(clean) - 0.5
+        # In full precision: a draw in bf16 can fall on the ends of the interval, at infinity.
+        u = torch.rand_like(clean, dtype=torch.float32) - 0.5
         draw = -u.sign() * torch.log1p(-2 * u.abs().clamp_max(0.5 - 1e-7)) / math.sqrt(2)
         return (clean + self.deviation * draw,)
 

@@ -42,7 +42,8 @@ class PrivDFS(Defense):
 
     From the abstract of v2: learnable binary masks, sparse and largely non-overlapping shares, a
     branch per server, a light fusion of the branches' predictions on the client. Inferred here,
-    since the rest is not public: K, granularity and density; mask logits with a drop slot, trained
+    since the rest is not public: K, granularity and density; that a branch may reply an embedding
+    beside its class scores (off by default); mask logits with a drop slot, trained
     with straight-through gradients and a greedy assignment that makes sizes equal and overlap zero;
     masks learned in the first half of the training and frozen after it; the loss
 
@@ -220,14 +221,19 @@ def explained_variance(share: Tensor, images: Tensor) -> Tensor:
     Args:
         share: (B, n, h, w).
         images: (B, 3, H, W), H a multiple of h. Location (i, j) of the share, with its 3x3
-            neighbourhood, decodes the block of pixels that it stands for.
+            neighbourhood (alone where h < 4), decodes the block of pixels that it stands for.
 
     Returns:
-        Scalar, differentiable in the share: 1 - residual variance / variance of the images.
+        Scalar, differentiable in the share: explained by the ridge fit on these very images, so it
+        is too high where a share has many values and the batch few locations.
     """
     with torch.autocast(share.device.type, enabled=False):
         block = images.shape[-1] // share.shape[-1]
-        x = F.unfold(share.float(), 3, padding=1).transpose(1, 2).flatten(0, 1)
+        # A linear decoder does not care about scale, so shrinking a unit must not look private.
+        share = share.float()
+        share = share / (share.std((0, 2, 3), keepdim=True) + 1e-4)
+        reach = 3 if share.shape[-1] >= 4 else 1
+        x = F.unfold(share, reach, padding=reach // 2).transpose(1, 2).flatten(0, 1)
         y = F.pixel_unshuffle(images, block).flatten(2).transpose(1, 2).flatten(0, 1)
         x, y = x - x.mean(0), y - y.mean(0)
         xx, xy = x.T @ x / len(x), x.T @ y / len(x)

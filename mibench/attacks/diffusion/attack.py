@@ -18,12 +18,12 @@ from mibench.attacks.tuning import best_weight
 from mibench.data.base import ImageSet
 from mibench.defenses.base import Shares
 from mibench.files import Json
-from mibench.registry import attacks, fingerprint
+from mibench.registry import attacks
 from mibench.threat import Knowledge, Target
 
 SCALES = {
     "proximal": (0.01, 0.1, 1.0, 10.0, 100.0),
-    "dps": (0.1, 0.3, 1.0, 3.0),
+    "dps": (0.3, 1.0, 3.0, 10.0, 30.0),
     "dsg": (1.0,),  # takes only the direction of the gradient: there is no weight to choose
 }
 """Grids of the guidance weight, chosen from on the attacker's validation images."""
@@ -80,7 +80,12 @@ class Diffusion(Attack):
                 facts = best_weight(some, shares, self._candidates(), self._sample)
             return {}, facts
 
-        spec = {**self.spec(), "target": target.identity, "validation": validation.identity}
+        spec = {
+            **self.spec(),
+            "target": target.identity,
+            "auxiliary": auxiliary.identity,
+            "validation": validation.identity,
+        }
         tuned = self.workshop.keep("tuning", spec, make)
         self._scale = float(tuned.facts["weight"])  # type: ignore[arg-type]
         self._facts = {"scale": tuned.facts, "prior": prior_facts, "decoder": self._decoder.facts()}
@@ -102,11 +107,6 @@ class Diffusion(Attack):
     def facts(self) -> dict[str, Json]:
         """The chosen step size with its validation errors, the prior and the decoder."""
         return self._facts
-
-    def spec(self) -> dict[str, Json]:
-        """As `Attack.spec`, with the code of the sampler, the prior and the decoder."""
-        parts = (SamplerParams, Prior, Decoder)
-        return {**super().spec(), "parts": [fingerprint(part) for part in parts]}
 
     def _candidates(self) -> tuple[float, ...]:
         return self.params.scales or SCALES[self.params.sampler.guidance]

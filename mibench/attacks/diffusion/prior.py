@@ -18,6 +18,7 @@ from mibench.errors import InvalidParamsError, UnavailableError
 from mibench.files import Json
 from mibench.params import Parameters
 from mibench.protocol import Recipe
+from mibench.registry import fingerprint
 from mibench.training import Losses, Step, augment, optimise, shuffled_batch
 
 AVERAGE = 0.999
@@ -60,7 +61,7 @@ class Prior(nn.Module):
         self.unet = unet
         self.patch = patch
         self.timesteps = int(scheduler.config.num_train_timesteps)
-        self.register_buffer("signal", scheduler.alphas_cumprod.clone().double())
+        self.register_buffer("signal", scheduler.alphas_cumprod.clone().float())
 
     def forward(self, noisy: Tensor, timestep: Tensor) -> Tensor:
         """Predicts the noise in ``noisy`` (B, 3, H, W) at ``timestep`` (B,)."""
@@ -94,14 +95,16 @@ def get_prior(
         weight_decay=1e-4, warmup=0.05, clip=1.0, crop=0,
     )  # fmt: skip
 
+    seed = seeding.derive(workshop.seed, "prior training")
+
     def make(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Json]]:
         def losses(step: Step) -> Losses:
-            index = shuffled_batch(len(auxiliary), params.batch, workshop.seed, step.index)
+            index = shuffled_batch(len(auxiliary), params.batch, seed, step.index)
             images = augment(auxiliary.images(index), recipe, step.generator)
             return {"eps": _denoising_error(prior, images.to(workshop.device), step.generator)}
 
         facts = optimise(
-            prior, losses, recipe, seed=workshop.seed, checkpoint=checkpoint,
+            prior, losses, recipe, seed=seed, checkpoint=checkpoint,
             title="Training diffusion prior", average=AVERAGE,
         )  # fmt: skip
         with torch.no_grad():
@@ -114,7 +117,9 @@ def get_prior(
         "params": params.model_dump(mode="json"),
         "image_shape": list(workshop.image_shape),
         "auxiliary": auxiliary.identity,
-        "version": 1,
+        "validation": validation.identity,
+        "code": fingerprint(Prior),
+        "diffusers": diffusers.__version__,
     }
     artifact = workshop.keep("prior", spec, make)
     prior.load_state_dict(artifact.tensors)

@@ -21,6 +21,8 @@ from mibench.params import Parameters
 Misfit = Callable[[Tensor], Tensor]
 """Images (B, 3, H, W) in [0, 1] → -log p(shares | images) (B,), differentiable."""
 
+LEAST_SIGNAL = 5e-3
+"""Sampling from noise begins where abar reaches this; what lies before is noise to the eye."""
 BETAS = (0.9, 0.999)
 """Decay rates of the momentum direction (Adam's, as in DRAG)."""
 
@@ -159,7 +161,10 @@ def sample(
         global state.
     """
     levels = torch.linspace(prior.timesteps - 1, 0, params.steps).round().long().tolist()
-    if not from_noise:
+    if from_noise:
+        # At the first levels x_0 = (x - ...) / sqrt(abar) is noise blown up a thousand times.
+        levels = [level for level in levels if prior.signal[level] >= LEAST_SIGNAL]
+    else:
         levels = levels[-max(1, round(params.strength * params.steps)) :]
     signals = [float(prior.signal[level]) for level in levels] + [1.0]
     x = torch.randn_like(start)
