@@ -122,7 +122,8 @@ def run(prior, misfit, scale, start, *, seed=0, from_noise=True, values=None, **
 
 
 @pytest.mark.parametrize("deviation", [0.2, 3.0], ids=["inside", "clipped"])
-def test_without_guidance_and_noise_it_is_ddim(deviation):
+def test_without_guidance_and_noise_it_is_ddim(deviation, monkeypatch):
+    monkeypatch.setattr("mibench.attacks.diffusion.sampler.LEAST_SIGNAL", 0.0)
     steps = 30
     prior, start = KnownPrior(deviation=deviation, timesteps=steps), torch.zeros(2, 3, 8, 8)
     mine = run(prior, None, torch.zeros(2), start, steps=steps, eta=0.0)
@@ -362,3 +363,24 @@ def test_the_whole_attack_runs_and_repeats(workshop, make_target, pictures, guid
     assert blind.shape == (5, 3, 16, 16)
     assert blind.min() >= 0
     assert blind.max() <= 1
+
+
+@pytest.mark.parametrize("guidance", ["dps", "proximal"])
+def test_guidance_from_noise_recovers_what_is_seen_as_it_is(guidance):
+    """On a client that sends the image itself, some weight of the grid must find it again."""
+    torch.manual_seed(0)
+    truth = torch.rand(2, 3, 8, 8)
+    values = truth[0].numel()
+
+    def misfit(images):
+        return (images - truth).flatten(1).square().sum(1) / (2 * 0.05**2)
+
+    prior, found = KnownPrior(deviation=0.5, timesteps=1000), []
+    for scale in SCALES[guidance]:
+        weights = torch.full((2,), scale)
+        images = run(
+            prior, misfit, weights, torch.zeros_like(truth),
+            values=values, guidance=guidance, steps=100,
+        )  # fmt: skip
+        found.append((images - truth).square().mean().item())
+    assert 10 * math.log10(1 / min(found)) > 25

@@ -84,3 +84,17 @@ def test_guesses_stay_in_range():
     learn, judge = images(100, 0), torch.ones(10, 3, 4, 4)
     far = (100 * torch.ones(10, 48),)
     assert ridge_error((learn.flatten(1),), learn, far, judge, 0) == 0.0
+
+
+def test_a_share_does_not_hide_behind_its_scale():
+    torch.manual_seed(0)
+    images, other = torch.rand(400, 3, 4, 4), torch.rand(50, 3, 4, 4)
+
+    def share(of, gain):
+        junk = torch.randn(len(of), 20)
+        return (torch.cat([gain * of.flatten(1), junk], dim=1),)
+
+    plain = ridge_error(share(images, 1.0), images, share(other, 1.0), other, seed=0)
+    shrunk = ridge_error(share(images, 0.01), images, share(other, 0.01), other, seed=0)
+    assert shrunk < 0.01
+    assert shrunk == pytest.approx(plain, rel=0.5, abs=1e-4)

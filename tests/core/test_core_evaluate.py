@@ -347,8 +347,8 @@ class Mine(Attack):
         ("half[:, :1]", "shape"),
         ("half.mean()", "shape"),
         ("1 / 0", "ZeroDivisionError"),
-        ("None", "reconstruct"),
-        ("half.numpy()", "reconstruct"),
+        ("None", "NoneType, not a tensor"),
+        ("half.numpy()", "ndarray, not a tensor"),
     ],
 )
 def test_what_is_no_image_is_refused(shared, tmp_path, monkeypatch, line, words):

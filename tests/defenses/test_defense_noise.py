@@ -99,3 +99,12 @@ def test_the_likelihood_is_greatest_at_the_true_mean(make_defense, pictures, law
         for offset in offsets
     ]
     assert offsets[max(range(len(offsets)), key=totals.__getitem__)] == 0.0
+
+
+@pytest.mark.parametrize("law", ["gaussian", "laplace"])
+def test_draws_stay_finite_in_mixed_precision(make_defense, pictures, law):
+    defense = make_defense("noise", {"law": law, "snr_db": 0.0})
+    images = pictures(64).images()
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(20):
+            assert defense.protect(images)[0].isfinite().all()
