@@ -6,7 +6,7 @@ direction more of the private image has leaked.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from rich.console import Console
 from rich.table import Table
@@ -87,8 +87,8 @@ def _cells(score: Score, digits: int) -> tuple[str, str]:
 
 def _below(record: Record) -> Iterable[str]:
     yield from _reasons(record)
-    if len(record.utility) == 2:
-        yield _accuracy(*record.utility)
+    if record.utility:
+        yield _accuracy({score.metric: score for score in record.utility})
     if record.cost is not None:
         yield from _cost(record.cost)
     if record.adversary is not None:
@@ -121,7 +121,8 @@ def _reasons(record: Record) -> Iterable[str]:
         yield f"No number for {', '.join(kept)}: {reason}"
 
 
-def _accuracy(defended: Score, undefended: Score) -> str:
+def _accuracy(utility: Mapping[str, Score]) -> str:
+    defended, undefended = utility["accuracy"], utility["undefended accuracy"]
     if defended.value is None or undefended.value is None:
         return f"Accuracy: unknown ({defended.reason or undefended.reason})"
     points = 100 * (defended.value - undefended.value)

@@ -234,7 +234,7 @@ def _leak(folder):
         (_spoil, "unreadable image"),
         (_mislabel, "has the label 10"),
         (_number, "holds no images"),
-        (_leak, "also under attack"),
+        (_leak, "also in the role"),
     ],
 )
 def test_bad_data_is_one_line(refused, photos, tmp_path, harm, said):

@@ -63,7 +63,7 @@ def test_the_label_does_not_hide_a_copy(cut, monkeypatch):
         return ImageSet(images.pixels, images.labels + start)
 
     monkeypatch.setattr(Numbered, "load", relabelled)
-    with pytest.raises(DataError, match="also under attack"):
+    with pytest.raises(DataError, match="also in the role"):
         cut({PLACES["auxiliary"]: PLACES["private"]})
 
 
