@@ -1,10 +1,5 @@
 """Settings and makers for the attack tests."""
 
-import os
-
-# Before the hub's library is imported anywhere: no test may wait for a network.
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 import pytest
 import torch
 from torch import nn
@@ -17,15 +12,6 @@ from mibench.defenses.base import Defense
 from mibench.threat import Adversary, Knowledge, Target
 
 SIDE = 16
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tensors this small gain nothing from threads, which on a busy machine cost seconds."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Client(Defense):

@@ -10,14 +10,6 @@ from mibench.data.procedural import CLASS_NAMES, INDEX_LIMIT, SEED_LIMIT, SIZES,
 TRAIN, TEST = 3000, 1000
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def images() -> tuple[Tensor, Tensor]:
     """Floats in [0, 1] and labels: the first TRAIN and the last TEST of one seed."""

@@ -10,15 +10,6 @@ from mibench.registry import defenses
 SHAPE, CLASSES = (3, 16, 16), 5
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tensors this small gain nothing from threads, which on a busy machine cost seconds."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def make_defense():
     """Builds a defense by name on a tiny backbone with features (8, 8, 8)."""

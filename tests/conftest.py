@@ -1,4 +1,9 @@
-"""Settings for the tests of this folder."""
+"""Settings for all tests: one thread, and no test waits for a network."""
+
+import os
+
+# Before the hub's library is imported anywhere.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
