@@ -67,7 +67,7 @@ class PrivDFS(Defense):
             default=0, ge=0, description="values that a branch replies beside its class scores"
         )
         branch: float = Field(default=0.3, ge=0, description="b, weight of the branches' own loss")
-        leakage: float = Field(default=1.0, ge=0, description="l, weight of the leakage term")
+        leakage: float = Field(default=0.3, ge=0, description="l, weight of the leakage term")
         learned: bool = Field(default=True, description="false keeps random masks, as a control")
 
     params: Params
