@@ -57,7 +57,7 @@ class PrivDFS(Defense):
     class Params(Defense.Params):
         """Number and size of the shares, and the weights of the loss."""
 
-        servers: int = Field(default=8, ge=2, le=64, description="K, number of servers")
+        servers: int = Field(default=4, ge=2, le=64, description="K, number of servers")
         density: float = Field(
             default=0.0625, gt=0, le=1, description="share of all features that one server receives"
         )

@@ -64,7 +64,7 @@ def test_defenses_leak_less_on_their_worst_share(attacked, defense):
 
 def test_the_worst_of_all_shares_is_attacked(attacked):
     adversary = read_record(attacked["privdfs"]).adversary
-    assert len(adversary.screening) == 8
+    assert len(adversary.screening) == 4
     worst = min(adversary.screening, key=adversary.screening.__getitem__)
     assert adversary.corrupted == [int(worst)]
 
