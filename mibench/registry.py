@@ -572,8 +572,8 @@ def _is_remark(node: object) -> bool:
 def fingerprint(cls: type) -> str:
     """Hash of the code of the module that defines a class.
 
-    Comments, docstrings and layout do not count. Other modules that the class uses do not either;
-    for those of this package there is the version of the component.
+    Comments, docstrings and layout do not count. Other modules that the class uses do not either:
+    `lineage` covers its ancestors and `package_fingerprint` the helpers beside a built-in.
 
     Args:
         cls: The class.

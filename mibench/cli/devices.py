@@ -20,7 +20,7 @@ def choose_device(asked: str) -> str:
         if kind == "meta":  # it exists everywhere and computes nothing
             raise RuntimeError("it computes nothing")
         torch.zeros(1, device=asked)
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise DeviceError(
             f"cannot compute on {asked!r}: {_reason(error)}; this machine has: "
             f"{', '.join(available())}. Use --device auto, or one of these"
