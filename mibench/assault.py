@@ -12,7 +12,7 @@ from torch import Tensor
 from mibench import progress, seeding
 from mibench.artifacts import ArtifactStore, Checkpoint
 from mibench.attacks.base import Attack, Workshop
-from mibench.attacks.ridge import ridge_error
+from mibench.attacks.ridge import ridge_error, shrink
 from mibench.controls import permute
 from mibench.data.base import Roles
 from mibench.defenses.base import Shares
@@ -24,9 +24,12 @@ from mibench.params import build
 from mibench.record import AdversaryFacts
 from mibench.registry import attacks
 from mibench.threat import Adversary, Target
+from mibench.utility import values_sent
 
 SCREENING_IMAGES = 4096
-"""Auxiliary images on which coalitions are screened."""
+"""Auxiliary images on which coalitions are screened, at most."""
+SCREENING_VALUES = 2**28
+"""Values of all shares that the screening holds of each set, at most."""
 
 
 @dataclass(frozen=True)
@@ -121,15 +124,21 @@ def attack(
     # A stream of the users' own, which no attack draws from.
     users = seeding.derive(job.seed, "users", deployed.identity)
     with blaming(type(deployed.defense), "protect"):
-        sent = deployed.defense.transmit(private, protocol.batch, users)
+        received = adversary.observes(
+            lambda turn: deployed.defense.transmit(
+                private, protocol.batch, seeding.derive(users, turn) if turn else users
+            )
+        )
     return Assault(
         attacker=attacker,
         adversary=AdversaryFacts(
             knowledge=adversary.knowledge,
             corrupted=list(adversary.corrupted),
+            transmissions=adversary.transmissions,
+            auxiliary=protocol.adversary.auxiliary,
             screening=screening,
         ),
-        shares=adversary.reads(sent),
+        shares=received,
         spec={
             **attacker.spec(),
             "target": target.identity,
@@ -148,11 +157,13 @@ def _worst_adversary(
 ) -> tuple[Adversary, dict[str, float]]:
     """Screens all coalitions of the protocol's size by ridge regression and picks the worst."""
     rule, defense = job.protocol.adversary, deployed.defense
-    size = min(rule.coalition, defense.servers)
-    coalitions = list(itertools.combinations(range(defense.servers), size))
+    together = min(rule.coalition, defense.servers)
+    coalitions = list(itertools.combinations(range(defense.servers), together))
     if len(coalitions) == 1:
-        return Adversary(rule.knowledge, coalitions[0]), {}
-    learn, judge = roles.auxiliary.take(SCREENING_IMAGES), roles.validation
+        return Adversary(rule.knowledge, coalitions[0], rule.transmissions), {}
+    size = min(SCREENING_IMAGES, max(1, SCREENING_VALUES // values_sent(defense, roles.validation)))
+    learn, judge = roles.auxiliary.take(size), roles.validation.take(size)
+    seen, other_seen = (torch.cat([shrink(c) for c in one.chunks()]) for one in (learn, judge))
     sent = defense.transmit(learn, job.protocol.batch, seeding.derive(job.seed, "screening"))
     other = defense.transmit(judge, job.protocol.batch, seeding.derive(job.seed, "screened"))
     errors = {}
@@ -160,9 +171,9 @@ def _worst_adversary(
         for coalition in coalitions:
             reader = Adversary(rule.knowledge, coalition)
             errors[coalition] = ridge_error(
-                reader.reads(sent), learn.images(), reader.reads(other), judge.images(), job.seed
+                reader.reads(sent), seen, reader.reads(other), other_seen, job.seed
             )
             task.advance()
     worst = min(errors, key=errors.__getitem__)
     named = {"+".join(map(str, coalition)): error for coalition, error in errors.items()}
-    return Adversary(rule.knowledge, worst), named
+    return Adversary(rule.knowledge, worst, rule.transmissions), named

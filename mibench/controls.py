@@ -27,9 +27,13 @@ def blind_guesses(auxiliary: ImageSet, count: int) -> dict[str, Tensor]:
         By name, (count, 3, H, W) in [0, 1]: ``mean-image``, and ``typical-image``, the auxiliary
         image with the least mean squared distance to all others (that is, nearest to their mean).
     """
-    images = auxiliary.images()
-    mean = images.mean(0)
-    typical = images[(images - mean).square().flatten(1).sum(1).argmin()]
+    total = torch.zeros(auxiliary.image_shape, dtype=torch.float64)
+    for chunk in auxiliary.chunks():
+        total += chunk.double().sum(0)
+    mean = (total / len(auxiliary)).float()
+    distances = [(chunk - mean).square().flatten(1).sum(1) for chunk in auxiliary.chunks()]
+    nearest = int(torch.cat(distances).argmin())
+    typical = auxiliary.images(slice(nearest, nearest + 1))[0]
     return {
         "mean-image": mean.expand(count, *mean.shape),
         "typical-image": typical.expand(count, *typical.shape),

@@ -19,6 +19,7 @@ from mibench.files import canonical_json
 from mibench.job import Job
 from mibench.params import build
 from mibench.registry import defenses, fingerprint, lineage, package_fingerprint
+from mibench.task import Task
 from mibench.training import Step
 
 
@@ -37,7 +38,7 @@ class Deployed:
     facts: Facts
 
 
-def build_defense(job: Job, image_shape: tuple[int, int, int], classes: int) -> Defense:
+def build_defense(job: Job, image_shape: tuple[int, int, int], task: Task) -> Defense:
     """Builds the job's defense around a fresh backbone, with initial weights of the job's seed.
 
     Raises:
@@ -45,7 +46,7 @@ def build_defense(job: Job, image_shape: tuple[int, int, int], classes: int) -> 
     """
     rule = job.protocol.backbone
     spec = BackboneSpec(rule.name, rule.params, rule.split_point)
-    split = spec.build(image_shape, classes, job.seed)
+    split = spec.build(image_shape, task.smoothed(job.protocol.recipe.smoothing), job.seed)
     method = defenses.load(job.defense)
     params = build(method.Params, job.defense_params, f"defense {job.defense}")
     with seeding.stream(job.seed, "defense"), blaming(method, "__init__"):
@@ -61,8 +62,8 @@ def fit(job: Job, roles: Roles, store: ArtifactStore, device: str) -> Deployed:
     Raises:
         PluginError: the defense breaks the contract of `Defense`.
     """
-    shape, classes = roles.train.image_shape, len(roles.class_names)
-    learner = build_defense(job, shape, classes)
+    shape = roles.train.image_shape
+    learner = build_defense(job, shape, roles.task)
     method = type(learner)
 
     def make(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], Facts]:
@@ -81,6 +82,7 @@ def fit(job: Job, roles: Roles, store: ArtifactStore, device: str) -> Deployed:
             "backbone": job.protocol.backbone.model_dump(mode="json"),
             "recipe": job.protocol.recipe.model_dump(mode="json"),
             "train": roles.train.identity,
+            "task": [type(roles.task).__name__, roles.task.outputs],
             "code": [*lineage(method), package_fingerprint("mibench.backbones"), fingerprint(Step)],
             "torch": torch.__version__,
             "seed": job.seed,
@@ -91,7 +93,7 @@ def fit(job: Job, roles: Roles, store: ArtifactStore, device: str) -> Deployed:
     )
     if artifact.reused:
         progress.note(f"reused the trained defense {job.defense} ({artifact.key[:8]})")
-    defense = build_defense(job, shape, classes)
+    defense = build_defense(job, shape, roles.task)
     defense.load_state_dict(artifact.tensors)
     defense.to(device).eval().requires_grad_(requires_grad=False)
     check_contract(defense, roles.validation.images(slice(0, 4)).to(device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,26 +17,39 @@ from mibench.artifacts import ArtifactStore
 from mibench.assault import attack
 from mibench.attacks.base import Attack
 from mibench.controls import best_guess, blind_guesses
-from mibench.data.base import ImageSet, load_roles
+from mibench.data.base import ImageSet, Roles, load_roles
 from mibench.defenses.base import Defense
 from mibench.deployment import fit
 from mibench.errors import InvalidParamsError
-from mibench.files import Json, content_id
+from mibench.files import Json
 from mibench.job import UNDEFENDED, Job
 from mibench.params import build
 from mibench.protocol import Protocol
 from mibench.provenance import provenance
-from mibench.record import Component, Cost, ProtocolId, Record
+from mibench.record import Component, Cost, DataFacts, ProtocolId, Record
 from mibench.registry import attacks, backbones, defenses, fingerprint
-from mibench.scoring import accuracy_score, leakage_scores, score
-from mibench.utility import correct, cost
+from mibench.scoring import attribute_scores, leakage_scores, score, utility_scores
+from mibench.task import Task
+from mibench.utility import answers, cost
 
 
 @dataclass(frozen=True)
 class Result:
-    """A record with the images and per-image values that it rests on."""
+    """A record with the images and per-image values that it rests on.
+
+    Attributes:
+        record: the finished record.
+        manifest: SHA-256 of every private image, in order.
+        task: what the labels mean.
+        originals: the attacked images.
+        reconstructions: what the attack made of them, (N, 3, H, W) in [0, 1].
+        controls: images of the same shape by control.
+        per_image: values (N,) by metric.
+    """
 
     record: Record
+    manifest: list[str]
+    task: Task
     originals: ImageSet
     reconstructions: Tensor
     controls: dict[str, Tensor]
@@ -57,7 +71,8 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
     began = time.monotonic()
     opened = open_record(job, device)
     torch.set_num_threads(job.protocol.threads)
-    roles = load_roles(job.protocol.data, data_root)
+    roles = load_roles(job.protocol.data, data_root, store.root)
+    roles.private.verify()
     private = roles.private.take(job.protocol.data.attacked)
     bare = job.defense == UNDEFENDED
 
@@ -71,24 +86,28 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
     rebuilt_undefended = rebuilt if bare else baseline.from_true_shares()
     guesses = blind_guesses(roles.auxiliary, len(private)) | assault.blind()
 
-    names, originals = job.protocol.metrics, private.images()
+    names, originals = tuple(job.protocol.metrics), private.images()
     seed = seeding.derive(job.seed, "intervals")
     scores = score(names, rebuilt, originals, seed)
     undefended = score(names, rebuilt_undefended, originals, seed)
     permuted_scores = score(names, permuted, originals, seed)
     floor = best_guess(names, guesses, roles.validation, originals, seed)
 
-    batch = job.protocol.batch
-    right = correct(deployed.defense, roles.private, batch)
-    reference_right = correct(reference.defense, roles.private, batch)
-    validated = correct(deployed.defense, roles.validation, batch)
+    batch, task, labels = job.protocol.batch, roles.task, roles.private.labels
+    told = answers(deployed.defense, roles.private, batch)
+    told_undefended = answers(reference.defense, roles.private, batch)
+    # For whoever chooses a defense's parameters: never choose them on private images.
+    same_labels = job.protocol.adversary.auxiliary != "other"
+    validated = answers(deployed.defense, roles.validation, batch) if same_labels else None
+    manifest = roles.private.hashes()
     spent = cost(deployed.defense, reference.defense, private)
     over = _over_budget(job.protocol, spent)
     record = opened.completed(
         protocol=opened.protocol.model_copy(update={"ranked": opened.protocol.ranked and not over}),
         deviations=opened.deviations + over,
         wall_seconds=round(time.monotonic() - began, 1),
-        manifest=content_id(private.hashes(), length=64),
+        data=_data_facts(job.protocol, roles),
+        manifest=hashlib.sha256(manifest_text(manifest)).hexdigest(),
         adversary=assault.adversary,
         scores=scores.summary,
         undefended=undefended.summary,
@@ -96,17 +115,19 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
         permuted=permuted_scores.summary,
         leakage=leakage_scores(scores, floor, undefended, seed),
         utility=[
-            accuracy_score("accuracy", right, seed),
-            accuracy_score("undefended accuracy", reference_right, seed),
-            # For whoever chooses a defense's parameters: never choose them on private images.
-            accuracy_score("validation accuracy", validated, seed),
+            *utility_scores("", task, told, labels, seed),
+            *utility_scores("undefended ", task, told_undefended, labels, seed),
+            *utility_scores("validation ", task, validated, roles.validation.labels, seed),
         ],
+        attributes=attribute_scores(task, told, told_undefended, labels),
         cost=spent,
         defense_facts=deployed.facts,
         attack_facts=assault.attacker.facts(),
     )
     return Result(
         record=record,
+        manifest=manifest,
+        task=task,
         originals=private,
         reconstructions=rebuilt,
         controls={"permuted": permuted, **guesses},
@@ -115,9 +136,14 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
             **undefended.columns("undefended_"),
             **permuted_scores.columns("permuted_"),
             **floor.columns("prior_only_"),
-            "correct": right[: len(private)],
+            "correct": task.correct(told, labels)[: len(private)],
         },
     )
+
+
+def manifest_text(hashes: list[str]) -> bytes:
+    """Returns the manifest as a file: one hash per line."""
+    return "".join(f"{name}\n" for name in hashes).encode()
 
 
 def open_record(job: Job, device: str) -> Record:
@@ -152,6 +178,18 @@ def open_record(job: Job, device: str) -> Record:
         deviations=job.deviations(),
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         provenance=provenance(device, protocol.threads),
+    )
+
+
+def _data_facts(protocol: Protocol, roles: Roles) -> DataFacts:
+    sets = {name: getattr(roles, name) for name in ("train", "auxiliary", "validation", "private")}
+    return DataFacts(
+        dataset=protocol.data.dataset,
+        image_size=protocol.data.image_size,
+        images={name: len(one) for name, one in sets.items()}
+        | {"attacked": protocol.data.attacked},
+        identities={name: one.identity for name, one in sets.items()},
+        left_out=roles.left_out,
     )
 
 

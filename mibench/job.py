@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mibench.files import Json
 from mibench.protocol import Protocol
-from mibench.registry import attacks
+from mibench.registry import attacks, metrics
 
 UNDEFENDED = "none"
 """Name of the reference that leakage and accuracy are normalised by."""
@@ -47,6 +47,13 @@ class Job:
         found = [f"attack.{key} set by hand" for key in sorted(self.attack_params)]
         if self._attack_name not in self.protocol.attacks:
             found.append(f"attack {self.attack} is none of the protocol's")
+        found += [
+            f"{key} differs from the released {self.protocol.id}" for key in self.protocol.changes
+        ]
+        for name, version in self.protocol.metrics.items():
+            installed = metrics.load(name).version
+            if installed != version:
+                found.append(f"metric {name} is version {installed}, not {version}")
         if self.seed not in self.protocol.seeds:
             found.append(f"seed {self.seed} is none of the protocol's {list(self.protocol.seeds)}")
         return found

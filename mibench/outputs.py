@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +14,13 @@ from torch import Tensor
 
 from mibench import gallery
 from mibench.errors import StorageError
-from mibench.evaluate import Result
+from mibench.evaluate import Result, manifest_text
 from mibench.files import ensure_writable, write_atomically
 from mibench.record import Record
 
 RECORD = "record.json"
 PER_IMAGE = "per_image.parquet"
+MANIFEST = "manifest.txt"
 GRID = "grid.png"
 RECONSTRUCTIONS = "reconstructions"
 
@@ -28,7 +28,7 @@ STALE = 60.0
 """Seconds after which an unfinished file has no writer any more."""
 
 
-def write_result(result: Result, out: Path, class_names: Sequence[str]) -> Record:
+def write_result(result: Result, out: Path) -> Record:
     """Writes everything that a finished run leaves behind, the record last.
 
     A reader that finds a record with status ``success`` therefore finds all other files whole.
@@ -36,7 +36,6 @@ def write_result(result: Result, out: Path, class_names: Sequence[str]) -> Recor
     Args:
         result: what `evaluate` returned.
         out: the run's folder; other files in it stay untouched.
-        class_names: names of the classes, in label order.
 
     Returns:
         The record as written, with the hash of every file in `Record.files`. The entry
@@ -54,18 +53,21 @@ def write_result(result: Result, out: Path, class_names: Sequence[str]) -> Recor
         together.update(data)
         write_atomically(folder / f"{index:04}.png", data)
     files = {RECONSTRUCTIONS: together.hexdigest()}
+    write_atomically(out / MANIFEST, manifest_text(result.manifest))
+    assert result.record.manifest is not None
+    files[MANIFEST] = result.record.manifest
 
     grid = gallery.draw(
         originals=to_bytes(result.originals.images()),
         reconstructions=images,
         permuted=to_bytes(result.controls["permuted"]),
-        labels=[class_names[label] for label in result.originals.labels.tolist()],
+        labels=_captions(result),
         per_image={name: values.tolist() for name, values in result.per_image.items()},
         scores=result.record.scores,
         title=f"{result.record.defense.name} against {result.record.attack.name}",
     )
     for name, data in (
-        (PER_IMAGE, _parquet(per_image_table(result, class_names))),
+        (PER_IMAGE, _parquet(per_image_table(result))),
         (GRID, _png(grid)),
     ):
         write_atomically(out / name, data)
@@ -84,18 +86,23 @@ def write_record(record: Record, out: Path) -> None:
     write_atomically(out / RECORD, record.to_json())
 
 
-def per_image_table(result: Result, class_names: Sequence[str]) -> pd.DataFrame:
-    """Returns one row per attacked image: index, sha256, label, class, then the metrics' values."""
-    labels = result.originals.labels.tolist()
+def per_image_table(result: Result) -> pd.DataFrame:
+    """Returns one row per attacked image: index, sha256, label in words, then the metrics' values.
+
+    Classes have a column ``label`` with their number beside ``class``, their name. Of attributes,
+    ``class`` lists those that hold, and ``correct`` is the share that was told rightly.
+    """
+    labels, classes = result.originals.labels, result.originals.labels.ndim == 1
     columns: dict[str, object] = {
         "index": np.arange(len(labels)),
         "sha256": result.originals.hashes(),
-        "label": labels,
-        "class": [class_names[label] for label in labels],
     }
+    if classes:
+        columns["label"] = labels.tolist()
+    columns["class"] = [result.task.describe(label) for label in labels]
     for name, values in result.per_image.items():
         array = values.detach().cpu().numpy()
-        columns[name] = array.astype(bool) if name == "correct" else array
+        columns[name] = array.astype(bool) if name == "correct" and classes else array
     return pd.DataFrame(columns)
 
 
@@ -120,6 +127,12 @@ def to_bytes(images: Tensor) -> list[np.ndarray]:
     """Returns images (N, 3, H, W) in [0, 1] as uint8 arrays (H, W, 3), rounded."""
     scaled = (images.detach().cpu().float() * 255).round().clamp(0, 255)
     return list(scaled.permute(0, 2, 3, 1).numpy().astype(np.uint8))
+
+
+def _captions(result: Result) -> list[str]:
+    """Names of the classes; lists of attributes are too long for a caption."""
+    labels = result.originals.labels
+    return [result.task.describe(label) if labels.ndim == 1 else "" for label in labels]
 
 
 def _png(image: Image.Image) -> bytes:

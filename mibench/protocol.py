@@ -14,32 +14,71 @@ from typing import Literal
 from pydantic import Field, JsonValue, model_validator
 
 from mibench.errors import InvalidParamsError, UnknownNameError
-from mibench.files import content_id
+from mibench.files import Json, content_id
 from mibench.params import Parameters, build, parse_yaml
 from mibench.suggest import unknown
 from mibench.threat import Knowledge
 
 Roles = Literal["train", "auxiliary", "validation", "private"]
+Auxiliary = Literal["training", "disjoint", "other"]
+"""The attacker's images: the training images themselves, others of the same kind, another kind."""
 
 
 class RoleRule(Parameters):
-    """Which images play a role: a range of one split, in the source's own order."""
+    """Which images play a role: a range of a split, or all whose hash falls into an interval.
+
+    Attributes:
+        split: the split of the source.
+        start: first image of a range, in the source's own order.
+        count: number of images; with ``hashed``, the largest number (null: all).
+        hashed: interval [low, high) of [0, 1); the SHA-256 of an image says where it lies. Gives
+            disjoint roles in a folder that has no order of its own, copies included.
+        dataset: another dataset than the protocol's, for an attacker without images of the same
+            kind.
+    """
 
     split: str
     start: int = Field(default=0, ge=0)
-    count: int = Field(gt=0)
+    count: int | None = Field(default=None, gt=0)
+    hashed: tuple[float, float] | None = None
+    dataset: str | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> RoleRule:
+        if self.hashed is None and self.count is None:
+            raise ValueError("needs a count, or an interval 'hashed'")
+        if self.hashed is not None:
+            low, high = self.hashed
+            if self.start or not 0 <= low < high <= 1:
+                raise ValueError("'hashed' is an interval [low, high) inside [0, 1], without start")
+        return self
 
     def overlaps(self, other: RoleRule) -> bool:
-        """Says whether both ranges hold a common image."""
-        return (
-            self.split == other.split
-            and self.start < other.start + other.count
-            and other.start < self.start + self.count
-        )
+        """Says whether both rules can choose a common image of one source."""
+        if self.split != other.split or self.dataset != other.dataset:
+            return False
+        if self.hashed is not None and other.hashed is not None:
+            return self.hashed[0] < other.hashed[1] and other.hashed[0] < self.hashed[1]
+        if self.count is None or other.count is None or self.hashed or other.hashed:
+            return True  # a range and an interval of hashes know nothing of each other
+        return self.start < other.start + other.count and other.start < self.start + self.count
 
 
 class DataRule(Parameters):
-    """The dataset and its four disjoint roles; the first ``attacked`` private ones are attacked."""
+    """The dataset and its four roles; the first ``attacked`` private images are attacked.
+
+    The roles are disjoint, but for one choice: the auxiliary images may be training images, see
+    `strength`.
+
+    Attributes:
+        dataset: name of the dataset, or a path with a separator to a folder of one's own.
+        image_size: side of the square images in pixels.
+        train: trains the model and its defense.
+        auxiliary: the attacker's own images, to learn from.
+        validation: the attacker's own images, to choose with.
+        private: the users' images; accuracy is measured on all of them.
+        attacked: number of private images that are attacked, the first ones.
+    """
 
     dataset: str
     image_size: int = Field(gt=0)
@@ -50,19 +89,46 @@ class DataRule(Parameters):
     attacked: int = Field(gt=1)
 
     @model_validator(mode="after")
-    def _disjoint(self) -> DataRule:
+    def _consistent(self) -> DataRule:
         roles: list[Roles] = ["train", "auxiliary", "validation", "private"]
         for index, one in enumerate(roles):
             for other in roles[index + 1 :]:
+                if {one, other} == {"train", "auxiliary"}:
+                    continue  # the adversary's rule says whether they may
                 if getattr(self, one).overlaps(getattr(self, other)):
                     raise ValueError(f"the roles {one!r} and {other!r} share images")
-        if self.attacked > self.private.count:
+        for role in roles:
+            named = getattr(self, role).dataset
+            if named == self.dataset:
+                raise ValueError(
+                    f"the role {role!r} names the protocol's own dataset; leave it out"
+                )
+            if named is not None and role in ("train", "private"):
+                raise ValueError(f"the role {role!r} comes from the protocol's own dataset")
+        if self.auxiliary.dataset != self.validation.dataset:
+            raise ValueError(
+                "the roles 'auxiliary' and 'validation' belong to one attacker: same dataset"
+            )
+        if self.private.count is not None and self.attacked > self.private.count:
             raise ValueError(f"attacked is {self.attacked}, above the {self.private.count} private")
         return self
 
+    @property
+    def strength(self) -> Auxiliary:
+        """What the attacker's images have to do with the training images."""
+        if self.auxiliary.dataset is not None:
+            return "other"
+        return "training" if self.auxiliary.overlaps(self.train) else "disjoint"
+
 
 class BackboneRule(Parameters):
-    """The classifier and where it is cut."""
+    """The classifier and where it is cut.
+
+    Attributes:
+        name: the family.
+        params: its parameters.
+        split_point: the last stage that the client computes.
+    """
 
     name: str
     params: dict[str, JsonValue] = Field(default_factory=dict)
@@ -70,7 +136,23 @@ class BackboneRule(Parameters):
 
 
 class Recipe(Parameters):
-    """How a model is trained. Budgets are steps, never seconds: speed must not change results."""
+    """How a model is trained. Budgets are steps, never seconds: speed must not change results.
+
+    Attributes:
+        steps: training steps.
+        batch: images per step.
+        optimizer: SGD with Nesterov momentum 0.9, or AdamW.
+        lr: peak learning rate; linear warm-up, then a cosine to zero.
+        weight_decay: on everything with two axes or more.
+        warmup: share of the steps in which the rate rises.
+        clip: largest norm of the gradient.
+        smoothing: label smoothing.
+        average: decay of the moving average of the weights that is used in the end.
+        flip: mirror half of the images.
+        crop: shift by up to so many pixels.
+        zoom: cut out a random square of at least this share of the area and enlarge it.
+        precision: ``bf16`` is mixed precision on devices that have it, ``fp32`` elsewhere.
+    """
 
     steps: int = Field(gt=0)
     batch: int = Field(default=128, gt=0)
@@ -79,20 +161,32 @@ class Recipe(Parameters):
     weight_decay: float = Field(default=5e-4, ge=0)
     warmup: float = Field(default=0.15, ge=0, lt=1)
     clip: float | None = Field(default=None, gt=0)
+    smoothing: float = Field(default=0.0, ge=0, lt=1)
+    average: float | None = Field(default=None, gt=0, lt=1)
     flip: bool = True
     crop: int = Field(default=4, ge=0)
+    zoom: float | None = Field(default=None, gt=0, le=1)
     precision: Literal["fp32", "bf16"] = "bf16"
 
 
 class AdversaryRule(Parameters):
-    """The adversary: its knowledge and how many servers it reads.
+    """The adversary: its knowledge, how many servers it reads, and what images it has.
 
     Every coalition of ``coalition`` servers is screened with a ridge regression on the attacker's
     own images, and the one that leaks most is attacked: the worst share, not a convenient one.
+
+    Attributes:
+        knowledge: ``white_box``, ``black_box`` or ``data_only``.
+        coalition: number of servers that it reads.
+        auxiliary: what its images have to do with the training images: ``training`` (the same
+            ones), ``disjoint`` (others of the same kind) or ``other`` (another dataset).
+        transmissions: how often it sees each private image sent, with fresh randomness each time.
     """
 
     knowledge: Knowledge = Knowledge.WHITE_BOX
     coalition: int = Field(default=1, ge=1)
+    auxiliary: Auxiliary = "disjoint"
+    transmissions: int = Field(default=1, ge=1)
 
 
 class Protocol(Parameters):
@@ -100,14 +194,15 @@ class Protocol(Parameters):
 
     Attributes:
         id: name with its version, such as ``cifar10-lite-v1``.
-        track: ``smoke`` (never ranked), ``lite``, ``standard`` or ``test``.
+        track: ``lite`` or ``standard``; never ranked: ``smoke``, ``reproduction`` (a published
+            setting rebuilt, weaknesses included) and ``test``.
         title: one line for listings.
         data: dataset and roles.
         backbone: classifier and split point.
         recipe: how the model and its defense are trained.
         adversary: who attacks.
         attacks: parameters that the protocol fixes, by attack.
-        metrics: names of the scores, in the order of the tables.
+        metrics: names of the scores with their versions, in the order of the tables.
         seeds: seeds of a complete result; a single run uses one of them.
         max_client_flops: client budget per image; above it a row is not ranked.
         batch: images per batch when attacking; random draws are made batch by batch.
@@ -117,32 +212,69 @@ class Protocol(Parameters):
     """
 
     id: str
-    track: Literal["test", "smoke", "lite", "standard"]
+    track: Literal["test", "smoke", "reproduction", "lite", "standard"]
     title: str
     data: DataRule
     backbone: BackboneRule
     recipe: Recipe
     adversary: AdversaryRule = AdversaryRule()
     attacks: dict[str, dict[str, JsonValue]] = Field(default_factory=dict)
-    metrics: tuple[str, ...] = Field(default=("mse", "psnr", "ssim", "lpips"), min_length=1)
+    metrics: dict[str, int] = Field(
+        default_factory=lambda: {"mse": 1, "psnr": 1, "ssim": 1, "lpips": 1}, min_length=1
+    )
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     max_client_flops: int | None = Field(default=None, gt=0)
     batch: int = Field(default=128, gt=0)
     threads: int = Field(default=1, gt=0)
     minutes: dict[str, float] = Field(default_factory=dict)
 
+    @model_validator(mode="after")
+    def _declared(self) -> Protocol:
+        found = self.data.strength
+        if found != self.adversary.auxiliary:
+            raise ValueError(
+                f"adversary.auxiliary is {self.adversary.auxiliary!r}, but by the roles of 'data' "
+                f"the attacker's images are {found!r}"
+            )
+        return self
+
     @cached_property
     def content_id(self) -> str:
-        """Hash of every value that can change a result (titles and time estimates cannot)."""
-        described = self.model_dump(mode="json", exclude={"title", "minutes"})
+        """Hash of every value that can change a result (titles and time estimates cannot).
+
+        Values at their default are left out, so that a field that is added later, with a default
+        that keeps its absence's meaning, changes no released id.
+        """
+        described = self.model_dump(
+            mode="json", exclude={"title", "minutes"}, exclude_defaults=True
+        )
         return content_id(described)
 
     @property
     def ranked(self) -> bool:
         """Whether results can stand on a leaderboard: a released protocol of a ranked track."""
-        if self.track not in ("lite", "standard") or self.id not in released():
-            return False
-        return self.content_id == load_protocol(self.id).content_id
+        return self.track in ("lite", "standard") and self.id in released() and not self.changes
+
+    @property
+    def changes(self) -> list[str]:
+        """Names what differs from the released protocol of this id; empty if there is none."""
+        if self.id not in released():
+            return []
+        mine, theirs = self.described(), load_protocol(self.id).described()
+        return [key for key in mine if mine[key] != theirs[key]]
+
+    def described(self) -> dict[str, Json]:
+        """Returns every value that can change a result, defaults spelled out."""
+        return self.model_dump(mode="json", exclude={"title", "minutes"})
+
+    def on(self, data: DataRule) -> Protocol:
+        """Returns this protocol with other data; it is another protocol and never ranked.
+
+        Raises:
+            InvalidParamsError: the data do not fit what the protocol says of the adversary.
+        """
+        values = self.model_dump(mode="json") | {"data": data.model_dump(mode="json")}
+        return build(Protocol, values, self.id)
 
 
 def released() -> list[str]:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, model_va
 from mibench.errors import RecordError
 from mibench.files import content_id, pretty_json
 
-FORMAT = 1
+FORMAT = 2
 """Version of the format that this code writes."""
 
 
@@ -64,13 +64,45 @@ class ProtocolId(_Part):
 class AdversaryFacts(_Part):
     """Who attacked: knowledge, the servers read, and the screening that chose them.
 
+    ``transmissions`` is how often each private image was sent, ``auxiliary`` what the attacker's
+    images have to do with the training images (``training``, ``disjoint`` or ``other``).
     ``screening`` gives, for every coalition of that size, the ridge regression's mean squared error
     on the attacker's validation images; the coalition with the least error is attacked.
     """
 
     knowledge: str
     corrupted: list[int]
+    transmissions: int = 1
+    auxiliary: str = "disjoint"
     screening: dict[str, float]
+
+
+class DataFacts(_Part):
+    """Which images were used.
+
+    Attributes:
+        dataset: name of the dataset.
+        image_size: side in pixels.
+        images: number of images by role, and how many were ``attacked``.
+        identities: hash over all images and labels in order, by role.
+        left_out: images of a role that were left out since they are private ones as well.
+    """
+
+    dataset: str
+    image_size: int
+    images: dict[str, int]
+    identities: dict[str, str]
+    left_out: dict[str, int]
+
+
+class AttributeScore(_Part):
+    """How well one yes-or-no attribute is told; balanced is null where all images share a value."""
+
+    name: str
+    accuracy: float
+    balanced_accuracy: float | None
+    undefended_accuracy: float
+    undefended_balanced_accuracy: float | None
 
 
 class Cost(_Part):
@@ -93,7 +125,10 @@ class Record(_Part):
         status: ``started`` while it runs (or was killed), ``success`` or ``error``.
         error: what went wrong, for ``error``.
         deviations: how the run departs from its protocol; a run that departs is not ranked.
-        manifest: SHA-256 over the hashes of the attacked images, in order.
+        data: which images were used; null in records of format 1.
+        manifest: SHA-256 of the file ``manifest.txt``: the hashes of all private images, one per
+            line, in order. Two rows with the same manifest attacked the same images. (In format 1:
+            over the attacked images alone.)
         scores: the attack on the defense. Of reconstructions against originals, so that "better"
             means nearer to the original, which is worse for privacy.
         undefended: the same attack on the undefended split.
@@ -101,7 +136,9 @@ class Record(_Part):
         permuted: the attack on other images' shares.
         leakage: normalised: 0 is a blind guess, 1 is the undefended split.
         utility: accuracy of the defended and of the undefended model on all private images, and of
-            the defended one on the validation images.
+            the defended one on the validation images; for a dataset of attributes, the share of
+            rightly told attributes, and balanced accuracies beside it.
+        attributes: the same for each attribute of such a dataset, on all private images.
     """
 
     format_version: int = FORMAT
@@ -115,6 +152,7 @@ class Record(_Part):
     deviations: list[str]
     started: str
     wall_seconds: float | None = None
+    data: DataFacts | None = None
     manifest: str | None = None
     adversary: AdversaryFacts | None = None
     scores: list[Score] = []
@@ -123,6 +161,7 @@ class Record(_Part):
     permuted: list[Score] = []
     leakage: list[Score] = []
     utility: list[Score] = []
+    attributes: list[AttributeScore] = []
     cost: Cost | None = None
     defense_facts: dict[str, JsonValue] = {}
     attack_facts: dict[str, JsonValue] = {}

@@ -9,9 +9,16 @@ from torch import Tensor
 
 from mibench.errors import UnavailableError
 from mibench.metrics.base import Metric
-from mibench.metrics.intervals import Estimate, estimate_mean, normalised_leakage
-from mibench.record import Score
+from mibench.metrics.intervals import (
+    Estimate,
+    balanced_accuracy,
+    balanced_per_attribute,
+    estimate_mean,
+    normalised_leakage,
+)
+from mibench.record import AttributeScore, Score
 from mibench.registry import metrics
+from mibench.task import Attributes, Task
 
 
 @dataclass(frozen=True)
@@ -89,12 +96,55 @@ def leakage_scores(scores: Scores, floor: Scores, undefended: Scores, seed: int)
     return found
 
 
-def accuracy_score(name: str, correct: Tensor, seed: int) -> Score:
-    """Accuracy from one 0 or 1 per image."""
-    estimate = estimate_mean(correct, seed)
+def utility_scores(
+    prefix: str, task: Task, logits: Tensor | None, labels: Tensor, seed: int
+) -> list[Score]:
+    """Accuracy of a model, and for attributes the balanced accuracy.
+
+    Args:
+        prefix: what stands before ``accuracy`` in the scores' names, such as ``"undefended "``.
+        task: what the labels mean.
+        logits: (N, outputs), or None where these images have no labels of the task.
+        labels: of the same images.
+        seed: of the intervals.
+    """
+    if logits is None:
+        reason = "the attacker's images are of another dataset, without these labels"
+        return [_share(f"{prefix}accuracy", Estimate(None, None, None, 0, reason))]
+    scores = [_share(f"{prefix}accuracy", estimate_mean(task.correct(logits, labels), seed))]
+    if isinstance(task, Attributes):
+        balanced = balanced_accuracy(logits > 0, labels.bool(), seed)
+        scores.append(_share(f"{prefix}balanced accuracy", balanced))
+    return scores
+
+
+def attribute_scores(
+    task: Task, logits: Tensor, undefended: Tensor, labels: Tensor
+) -> list[AttributeScore]:
+    """Accuracy and balanced accuracy of each attribute; nothing for classes."""
+    if not isinstance(task, Attributes):
+        return []
+    truth = labels.bool()
+    models = [
+        (model > 0, balanced_per_attribute(model > 0, truth)) for model in (logits, undefended)
+    ]
+    (told, balanced), (told_bare, balanced_bare) = models
+    return [
+        AttributeScore(
+            name=name,
+            accuracy=(told[:, at] == truth[:, at]).float().mean().item(),
+            balanced_accuracy=balanced[at],
+            undefended_accuracy=(told_bare[:, at] == truth[:, at]).float().mean().item(),
+            undefended_balanced_accuracy=balanced_bare[at],
+        )
+        for at, name in enumerate(task.names)
+    ]
+
+
+def _share(name: str, estimate: Estimate) -> Score:
     return Score(
-        metric=name, version=1, unit="share of images", higher_is_better=True,
-        value=estimate.value, ci_low=estimate.low, ci_high=estimate.high, n=estimate.n,
+        metric=name, version=1, unit="share", higher_is_better=True, value=estimate.value,
+        ci_low=estimate.low, ci_high=estimate.high, n=estimate.n, reason=estimate.reason,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -39,21 +40,32 @@ class Adversary:
     Attributes:
         knowledge: what it knows of the client.
         corrupted: indices of the servers that it reads, ascending.
+        transmissions: how often it sees each private image sent.
     """
 
     knowledge: Knowledge
     corrupted: tuple[int, ...]
+    transmissions: int = 1
 
     def reads(self, shares: Shares) -> Shares:
         """Returns, of all servers' shares, those of the corrupted servers."""
         return tuple(shares[index] for index in self.corrupted)
+
+    def observes(self, send: Callable[[int], Shares]) -> Shares:
+        """Returns what it reads of all transmissions, one after the other.
+
+        Args:
+            send: number of a transmission → all servers' shares.
+        """
+        return tuple(part for turn in range(self.transmissions) for part in self.reads(send(turn)))
 
 
 class Target:
     """The only thing an attack is handed: a deployed client, seen through the threat model.
 
     No private image, label or metric can be reached from it. Shares always mean the tensors that
-    the corrupted servers receive, in the order of `Adversary.corrupted`.
+    the corrupted servers receive, in the order of `Adversary.corrupted`, and all that again for
+    each further transmission of the same images.
     """
 
     def __init__(self, defense: Defense, adversary: Adversary, identity: str) -> None:
@@ -67,13 +79,15 @@ class Target:
         self.__defense = defense
         self.adversary = adversary
         self.identity = f"{identity}/{'+'.join(map(str, adversary.corrupted))}"
+        if adversary.transmissions > 1:
+            self.identity += f"x{adversary.transmissions}"
         self.queries = 0
 
     def query(self, images: Tensor) -> Shares:
-        """Sends images (B, 3, H, W) in [0, 1] through the client, fresh randomness each call.
+        """Sends images (B, 3, H, W) in [0, 1] through the client, fresh randomness each time.
 
         Returns:
-            The corrupted servers' shares. Counts B queries.
+            The corrupted servers' shares. Counts B queries per transmission.
 
         Raises:
             ThreatModelError: the adversary has observed shares only.
@@ -81,9 +95,9 @@ class Target:
         import torch
 
         self._need(Knowledge.BLACK_BOX, "queries to the client")
-        self.queries += len(images)
+        self.queries += len(images) * self.adversary.transmissions
         with torch.no_grad():
-            return self.adversary.reads(self.__defense.protect(images))
+            return self.adversary.observes(lambda _: self.__defense.protect(images))
 
     def client(self, images: Tensor) -> Shares:
         """Returns what the client would send without its randomness, differentiably.
@@ -92,16 +106,25 @@ class Target:
             ThreatModelError: the adversary does not know the client's weights.
         """
         self._need(Knowledge.WHITE_BOX, "the client's weights")
-        return self.adversary.reads(self.__defense.predict(images))
+        return self.adversary.reads(self.__defense.predict(images)) * self.adversary.transmissions
 
     def log_likelihood(self, shares: Shares, predicted: Shares) -> Tensor:
         """Returns log p(shares | predicted) under the defense's law, (B,), up to a constant.
 
+        Transmissions are independent, so their logarithms add up.
+
         Raises:
             ThreatModelError: the adversary does not know the defense's law.
         """
+        import torch
+
         self._need(Knowledge.WHITE_BOX, "the defense's law")
-        return self.__defense.log_likelihood(shares, predicted)
+        size = len(self.adversary.corrupted)
+        terms = [
+            self.__defense.log_likelihood(shares[at : at + size], predicted[at : at + size])
+            for at in range(0, len(shares), size)
+        ]
+        return torch.stack(terms).sum(0)
 
     def _need(self, knowledge: Knowledge, what: str) -> None:
         if not self.adversary.knowledge.grants(knowledge):

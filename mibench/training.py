@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,6 @@ def optimise(
     seed: int,
     checkpoint: Checkpoint,
     title: str,
-    average: float | None = None,
 ) -> dict[str, Json]:
     """Minimises the sum of named losses over the module's parameters, in place.
 
@@ -62,8 +62,6 @@ def optimise(
         seed: of the step streams.
         checkpoint: where the state is kept while training.
         title: what the progress bar says.
-        average: decay of an exponential moving average of the weights that replaces them at the
-            end (None: the last weights are kept).
 
     Returns:
         Facts: the course of each loss term at up to 50 evenly spaced steps.
@@ -71,7 +69,7 @@ def optimise(
     Raises:
         MibenchError: the loss became infinite or not a number.
     """
-    device = next(module.parameters()).device
+    device, average = next(module.parameters()).device, recipe.average
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimiser = _optimiser(parameters, recipe)
     mean = {k: v.detach().clone() for k, v in module.state_dict().items()} if average else {}
@@ -112,8 +110,20 @@ def optimise(
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Returns the mixed-precision context of a recipe: bf16 where it says so, else nothing."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    """Returns the mixed-precision context of a recipe: bf16 where asked for and at hand."""
+    enabled = precision == "bf16" and computes_bf16(device)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Says whether the device computes in bf16 itself; emulation would be slower than fp32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu":
+        return True
+    flags = Path("/proc/cpuinfo")
+    # Where the system does not say, as on a Mac, bf16 is common today.
+    return not flags.is_file() or "bf16" in flags.read_text(encoding="utf-8", errors="replace")
 
 
 def shuffled_batch(count: int, batch: int, seed: int, index: int) -> Tensor:
@@ -125,7 +135,7 @@ def shuffled_batch(count: int, batch: int, seed: int, index: int) -> Tensor:
 
 
 def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
-    """Flips each image with probability one half and shifts it by up to ``recipe.crop`` pixels.
+    """Flips each image with probability one half, shifts or zooms it, as the recipe says.
 
     Args:
         images: (B, 3, H, W) in [0, 1]; borders are continued by reflection.
@@ -136,6 +146,8 @@ def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tenso
     if recipe.flip:
         flipped = torch.rand(count, generator=generator) < 0.5
         images = torch.where(flipped.to(images.device)[:, None, None, None], images.flip(3), images)
+    if recipe.zoom is not None:
+        images = _zoomed(images, recipe.zoom, generator)
     if recipe.crop:
         pad = recipe.crop
         padded = F.pad(images, (pad, pad, pad, pad), mode="reflect")
@@ -145,6 +157,17 @@ def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tenso
         at = torch.arange(count, device=images.device)[:, None, None]
         images = padded[at, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
     return images
+
+
+def _zoomed(images: Tensor, least: float, generator: torch.Generator) -> Tensor:
+    """Cuts a random square of ``least`` to 1 of the area out of each image and enlarges it."""
+    draws = torch.rand(3, len(images), generator=generator).to(images.device)
+    side = (least + (1 - least) * draws[0]).sqrt()
+    theta = torch.zeros(len(images), 2, 3, device=images.device)
+    theta[:, 0, 0] = theta[:, 1, 1] = side
+    theta[:, :, 2] = ((2 * draws[1:] - 1) * (1 - side)).T
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 
 def _optimiser(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:

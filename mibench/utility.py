@@ -17,29 +17,38 @@ from mibench.metrics.cost import bytes_on_wire, client_cost, count_parameters
 from mibench.record import Cost
 
 BLOCK = 1024
-"""Images whose shares are held at a time."""
+"""Images whose shares are held at a time, at most."""
+BLOCK_VALUES = 2**27
+"""Values of all shares that are held at a time, at most (but for the shares of one batch)."""
 
 
 @torch.no_grad()
-def correct(defense: Defense, images: ImageSet, batch: int) -> Tensor:
-    """Returns 1 for each image that is classified correctly, randomness included, else 0 (N,)."""
+def answers(defense: Defense, images: ImageSet, batch: int) -> Tensor:
+    """Returns the deployed model's logits (N, outputs), randomness included, on the CPU."""
     device = next(defense.parameters()).device
     # The servers are another object than the client and get the shares in another order, so that
     # nothing can reach them through the object or through the order of a batch.
     servers = copy.deepcopy(defense)
-    hits = []
+    found = []
+    size = max(batch, min(BLOCK, BLOCK_VALUES // values_sent(defense, images)))
     with seeding.stream(0, "utility"), blaming(type(defense), "forward"):
-        for start in range(0, len(images), BLOCK):
-            block = images.images(slice(start, start + BLOCK)).to(device)
-            sent = [defense.protect(part) for part in torch.split(block, batch)]
+        for block in images.chunks(size):
+            sent = [defense.protect(part.to(device)) for part in torch.split(block, batch)]
             shares = [torch.cat(parts) for parts in zip(*sent, strict=True)]
             replies = [
                 _shuffled(partial(_serve, servers, k), (share,), batch)
                 for k, share in enumerate(shares)
             ]
-            logits = _shuffled(defense.fuse, tuple(replies), batch)
-            hits.append(logits.argmax(1).cpu() == images.labels[start : start + BLOCK])
-    return torch.cat(hits).float()
+            found.append(_shuffled(defense.fuse, tuple(replies), batch).float().cpu())
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def values_sent(defense: Defense, images: ImageSet) -> int:
+    """Returns how many values all shares of one image hold together."""
+    device = next(defense.parameters()).device
+    with seeding.stream(0, "example"), blaming(type(defense), "protect"):
+        return sum(share.numel() for share in defense.protect(images.take(1).images().to(device)))
 
 
 def _serve(servers: Defense, index: int, received: Shares) -> Tensor:

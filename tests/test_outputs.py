@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import os
 import time
@@ -11,10 +12,9 @@ from PIL import Image
 from mibench import gallery, outputs
 from mibench.data.base import ImageSet
 from mibench.errors import StorageError
-from mibench.evaluate import Result
+from mibench.evaluate import Result, manifest_text
 from mibench.record import Component, ProtocolId, Record, Score, read_record
-
-CLASSES = ("cat", "dog")
+from mibench.task import Attributes, Classification
 
 
 def component(name):
@@ -44,9 +44,14 @@ def make_result(count=20, size=32):
         provenance={},
     )
     images = torch.rand(count, 3, size, size, generator=draw)
+    originals = ImageSet(pixels, torch.arange(count) % 2)
+    manifest = originals.hashes()
+    digest = hashlib.sha256(manifest_text(manifest)).hexdigest()
     return Result(
-        record=record,
-        originals=ImageSet(pixels, torch.arange(count) % 2),
+        record=record.model_copy(update={"manifest": digest}),
+        manifest=manifest,
+        task=Classification(("cat", "dog")),
+        originals=originals,
         reconstructions=images,
         controls={"permuted": images.roll(-1, 0)},
         per_image={
@@ -65,23 +70,23 @@ def test_the_record_comes_last_and_names_every_file(tmp_path, monkeypatch):
         "write_atomically",
         lambda path, data: (written.append(path.name), real(path, data)),
     )
-    record = outputs.write_result(make_result(), tmp_path, CLASSES)
+    record = outputs.write_result(make_result(), tmp_path)
     assert written[-1] == "record.json"
     assert read_record(tmp_path) == record
-    assert set(record.files) == {"per_image.parquet", "grid.png", "reconstructions"}
-    for name in ("per_image.parquet", "grid.png"):
+    assert set(record.files) == {"per_image.parquet", "manifest.txt", "grid.png", "reconstructions"}
+    for name in ("per_image.parquet", "manifest.txt", "grid.png"):
         assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == record.files[name]
 
 
 def test_writing_twice_gives_the_same_bytes(tmp_path):
-    one = outputs.write_result(make_result(), tmp_path / "a", CLASSES)
-    two = outputs.write_result(make_result(), tmp_path / "b", CLASSES)
+    one = outputs.write_result(make_result(), tmp_path / "a")
+    two = outputs.write_result(make_result(), tmp_path / "b")
     assert one == two
 
 
 def test_reconstructions_are_rounded_and_lossless(tmp_path):
     result = make_result(3)
-    outputs.write_result(result, tmp_path, CLASSES)
+    outputs.write_result(result, tmp_path)
     stored = np.asarray(Image.open(tmp_path / "reconstructions" / "0002.png"))
     exact = result.reconstructions[2].permute(1, 2, 0).numpy() * 255
     assert np.abs(stored - exact).max() <= 0.5 + 1e-4
@@ -89,7 +94,7 @@ def test_reconstructions_are_rounded_and_lossless(tmp_path):
 
 def test_the_table_has_one_row_per_image(tmp_path):
     result = make_result(4)
-    outputs.write_result(result, tmp_path, CLASSES)
+    outputs.write_result(result, tmp_path)
     table = pd.read_parquet(tmp_path / "per_image.parquet")
     assert list(table["class"]) == ["cat", "dog", "cat", "dog"]
     assert list(table["sha256"]) == result.originals.hashes()
@@ -97,10 +102,33 @@ def test_the_table_has_one_row_per_image(tmp_path):
     assert table["correct"].all()
 
 
+def test_attributes_are_listed_by_name(tmp_path):
+    result = make_result(3)
+    labels = torch.tensor([[1, 0], [1, 1], [0, 0]], dtype=torch.uint8)
+    result = dataclasses.replace(
+        result,
+        task=Attributes(("Smiling", "Young")),
+        originals=ImageSet(result.originals.pixels, labels),
+        per_image={**result.per_image, "correct": torch.tensor([0.5, 1.0, 0.0])},
+    )
+    outputs.write_result(result, tmp_path)
+    table = pd.read_parquet(tmp_path / "per_image.parquet")
+    assert list(table["class"]) == ["Smiling", "Smiling, Young", ""]
+    assert list(table["correct"]) == [0.5, 1.0, 0.0]
+    assert "label" not in table
+
+
+def test_the_manifest_names_every_private_image_in_order(tmp_path):
+    result = make_result(5)
+    outputs.write_result(result, tmp_path)
+    lines = (tmp_path / "manifest.txt").read_text().splitlines()
+    assert lines == result.originals.hashes()
+
+
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="cannot write in"):
-        outputs.write_result(make_result(2), tmp_path / "file", CLASSES)
+        outputs.write_result(make_result(2), tmp_path / "file")
 
 
 def test_only_old_leftovers_of_ours_are_removed(tmp_path):
@@ -129,7 +157,7 @@ def test_the_worst_leak_comes_first(scores, first, by):
 
 @pytest.mark.parametrize(("count", "size"), [(1, 32), (20, 32), (9, 64), (3, 128)])
 def test_a_grid_of_any_size_can_be_drawn(tmp_path, count, size):
-    outputs.write_result(make_result(count, size), tmp_path, CLASSES)
+    outputs.write_result(make_result(count, size), tmp_path)
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.width > 3 * size
         assert grid.height > min(count, gallery.PER_PANEL) * size

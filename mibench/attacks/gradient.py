@@ -9,6 +9,7 @@ from torch import Tensor
 from mibench import progress, seeding
 from mibench.artifacts import Checkpoint
 from mibench.attacks.base import Attack, Workshop
+from mibench.attacks.budget import images_at_once, in_groups
 from mibench.attacks.tuning import best_weight
 from mibench.data.base import ImageSet
 from mibench.defenses.base import Shares
@@ -21,11 +22,12 @@ from mibench.threat import Knowledge, Target
 class Gradient(Attack):
     """x = argmin -log p(z | client(x)) / dim(z) + w TV(x), by Adam on u with x = sigmoid(u).
 
-    The likelihood is the defense's own law and goes over received values only. All images of a
-    batch and all restarts descend at once; each image keeps the restart with the least objective,
-    which the attacker can compute. He et al. use a squared feature distance, fixed weights per
-    layer, 5,000 steps and one start. Here the weight w is chosen for every target on the attacker's
-    validation images, with the same grid for every defense.
+    The likelihood is the defense's own law and goes over received values only, of whatever layout.
+    All restarts descend at once, and as many images as `budget.VALUES` allows; each image keeps the
+    restart with the least objective, which the attacker can compute. He et al. use a squared
+    feature distance, fixed weights per layer, 5,000 steps and one start. Here the weight w is
+    chosen for every target on the attacker's validation images, with the same grid for every
+    defense.
     """
 
     knowledge = Knowledge.WHITE_BOX
@@ -65,20 +67,24 @@ class Gradient(Attack):
         self._weight = float(self._facts["weight"])  # type: ignore[arg-type]
 
     def reconstruct(self, shares: Shares) -> Tensor:
-        """Descends from every starting point at once and keeps the best per image."""
-        count, restarts = len(shares[0]), self.params.restarts
+        """Descends from every starting point and keeps the best per image."""
+        weights = torch.full((len(shares[0]),), self._weight, device=shares[0].device)
+        size = max(1, images_at_once(self.workshop.image_shape) // self.params.restarts)
+        return in_groups(self._best_start, shares, weights, size)
+
+    def facts(self) -> dict[str, Json]:
+        """The chosen weight and the validation error of each candidate."""
+        return self._facts
+
+    def _best_start(self, shares: Shares, weights: Tensor) -> Tensor:
+        count, restarts = len(weights), self.params.restarts
         repeated = tuple(torch.cat([share] * restarts) for share in shares)
-        weights = torch.full((count * restarts,), self._weight, device=shares[0].device)
-        images, objective = self._optimise(repeated, weights)
+        images, objective = self._optimise(repeated, weights.repeat(restarts))
         # A restart that diverged is never the best.
         best = objective.nan_to_num(nan=torch.inf).view(restarts, count).argmin(0)
         return images.view(restarts, count, *images.shape[1:])[
             best, torch.arange(count, device=best.device)
         ]
-
-    def facts(self) -> dict[str, Json]:
-        """The chosen weight and the validation error of each candidate."""
-        return self._facts
 
     def _descend(self, shares: Shares, weights: Tensor) -> Tensor:
         return self._optimise(shares, weights)[0]

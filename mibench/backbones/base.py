@@ -16,6 +16,7 @@ from mibench.files import Json
 from mibench.params import Parameters, build
 from mibench.registry import backbones
 from mibench.suggest import unknown
+from mibench.task import Task
 
 
 class Normalise(nn.Module):
@@ -40,7 +41,7 @@ class Backbone(ABC):
     Args:
         params: the family's own parameters.
         image_shape: (3, H, W).
-        classes: number of classes.
+        task: what the classifier tells of an image.
     """
 
     required: ClassVar[tuple[str, ...]] = ("stages", "branch")
@@ -50,10 +51,20 @@ class Backbone(ABC):
     class Params(Parameters):
         """Parameters of the family."""
 
-    def __init__(self, params: Params, image_shape: tuple[int, int, int], classes: int) -> None:
+    def __init__(self, params: Params, image_shape: tuple[int, int, int], task: Task) -> None:
         self.params = params
         self.image_shape = image_shape
-        self.classes = classes
+        self.task = task
+
+    @property
+    def classes(self) -> int:
+        """Number of logits."""
+        return self.task.outputs
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Leading tokens of the features that stand for no place of the image; 0 for maps."""
+        return 0
 
     @abstractmethod
     def stages(self) -> dict[str, nn.Module]:
@@ -79,7 +90,10 @@ class Split(nn.Module):
     Attributes:
         client: images (B, 3, H, W) in [0, 1] → features.
         server: features → logits (B, classes).
-        feature_shape: shape of the features without the batch axis.
+        feature_shape: shape of the features without the batch axis: maps (C, h, w), or a set of
+            tokens (N, D).
+        task: what the logits tell of an image.
+        prefix_tokens: leading tokens that stand for no place of the image (class tokens).
     """
 
     def __init__(self, backbone: Backbone, split_point: str) -> None:
@@ -98,6 +112,8 @@ class Split(nn.Module):
         self.client = nn.Sequential(*list(stages.values())[:cut])
         self.server = nn.Sequential(*list(stages.values())[cut:])
         self.image_shape = backbone.image_shape
+        self.task = backbone.task
+        self.prefix_tokens = backbone.prefix_tokens
         self.classes = backbone.classes
         with torch.no_grad():
             self.client.eval()
@@ -118,9 +134,9 @@ class BackboneSpec:
     params: Mapping[str, Json]
     split_point: str
 
-    def build(self, image_shape: tuple[int, int, int], classes: int, seed: int) -> Split:
+    def build(self, image_shape: tuple[int, int, int], task: Task, seed: int) -> Split:
         """Builds the split with initial weights from the stream ``backbone`` of ``seed``."""
         family = backbones.load(self.name)
         params = build(family.Params, self.params, f"backbone {self.name}")
         with seeding.stream(seed, "backbone"):
-            return Split(family(params, image_shape, classes), self.split_point)
+            return Split(family(params, image_shape, task), self.split_point)

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from mibench.backbones.tokens import on_grid
+
+WIDEST = 8
+"""Widest block of a branch, in widths of its first one; large shares would need too many halvings
+for a doubling with each."""
 
 
 class ResidualBlock(nn.Module):
@@ -34,14 +42,43 @@ class Head(nn.Sequential):
         super().__init__(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, outputs))
 
 
-def residual_branch(share_shape: tuple[int, ...], outputs: int, width: int) -> nn.Sequential:
-    """A residual trunk for a share (C, h, w): one block per resolution down to 4 pixels a side.
+class AsMap(nn.Module):
+    """Lays a set of tokens out on a grid."""
 
-    The width doubles with every halving of the resolution. The first block keeps the resolution.
+    def __init__(self, height: int, width: int) -> None:
+        super().__init__()
+        self.grid = (height, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, D) → (B, D, height, width), in reading order."""
+        return on_grid(tokens, *self.grid)
+
+
+def residual_branch(share_shape: tuple[int, ...], outputs: int, width: int) -> nn.Sequential:
+    """A residual trunk for a share: one block per resolution down to 4 pixels a side.
+
+    The width doubles with the first three halvings of the resolution. The first block keeps the
+    resolution.
+
+    Args:
+        share_shape: maps (C, h, w), or tokens (N, D), which are read on their square grid, or as
+            one row where their number is no square.
+        outputs: length of the reply.
+        width: channels of the first block.
     """
-    channels, size, _ = share_shape
-    blocks: list[nn.Module] = [ResidualBlock(channels, width)]
+    blocks: list[nn.Module] = []
+    if len(share_shape) == 2:
+        tokens, channels = share_shape
+        height = math.isqrt(tokens) if math.isqrt(tokens) ** 2 == tokens else 1
+        size = tokens // height
+        blocks.append(AsMap(height, size))
+    else:
+        channels, height, columns = share_shape
+        size = max(height, columns)
+    widest = WIDEST * width
+    blocks.append(ResidualBlock(channels, width))
     while size > 4:
-        blocks.append(ResidualBlock(width, 2 * width, stride=2))
-        width, size = 2 * width, size // 2
+        wider = min(2 * width, widest)
+        blocks.append(ResidualBlock(width, wider, stride=2))
+        width, size = wider, (size + 1) // 2
     return nn.Sequential(*blocks, Head(width, outputs))

@@ -74,14 +74,16 @@ def _data(root: Path | None) -> list[tuple[str, str]]:
     if not root.is_dir():
         return [("data root", f"{root}: there is no such folder")]
     rows = [("data root", str(root))]
-    known = datasets.names()
+    # By the name of their folder below the data root; a dataset without one needs no files.
+    places = {name: getattr(datasets.load(name), "folder", None) for name in datasets.names()}
+    known = {folder or name: name for name, folder in places.items() if folder is not None}
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
         splits = _splits(folder)
         if folder.name in known and splits:
-            rows.append((f"  {folder.name}", f"splits {', '.join(splits)}"))
+            rows.append((f"  {known[folder.name]}", f"splits {', '.join(splits)}"))
         elif splits:
             rows.append((f"  {folder.name}", "not a dataset of this mibench; ignored"))
-    absent = [name for name in known if not _splits(root / name) and name != "procedural"]
+    absent = [f"{name} ({folder}/)" for folder, name in known.items() if not _splits(root / folder)]
     if absent:
         rows.append(("  not found", ", ".join(absent)))
     return rows

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from mibench.protocol import Protocol
     from mibench.record import Record
 
+ATTACKERS_IMAGES = {
+    "training": "has the training images themselves",
+    "disjoint": "has other images of the same kind",
+    "other": "has images of another dataset",
+}
 SMOKE = "procedural-smoke-v1"
 RANKED = "cifar10-lite-v1"
 
@@ -38,6 +43,21 @@ def run(
             help="A parameter, such as defense.density=0.04 or attack.steps=50; repeatable.",
         ),
     ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Other images than the protocol's: a folder with a sub-folder per class or with "
+            "parquet files (./pictures/), or a name. Never ranked."
+        ),
+    ] = None,
+    part: Annotated[
+        bool,
+        typer.Option(
+            "--part",
+            help="Where the data folder holds only a part of the dataset, shrink all roles in "
+            "proportion instead of refusing. Never ranked.",
+        ),
+    ] = False,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Seed (default: the protocol's first).")
     ] = None,
@@ -78,6 +98,7 @@ def run(
     from mibench.job import Job
 
     device = choose_device(device)
+    chosen = _with_data(chosen, dataset, data_root, part=part)
     job = Job(
         protocol=chosen,
         defense=defense,
@@ -87,7 +108,8 @@ def run(
         seed=chosen.seeds[0] if seed is None else seed,
     )
     record = _check_components(job, device)
-    folder = out or default_folder(record, given)
+    named: dict[str, Json] = {"dataset": dataset} if dataset else {}
+    folder = out or default_folder(record, {**given, "data": named} if named else given)
     found = earlier_record(folder, record)
     if not dry_run:
         ensure_writable(folder)
@@ -180,17 +202,48 @@ def _check_names(
 
 def _check_components(job: Job, device: str) -> Record:
     """Everything else that can be checked before anything is trained."""
+    from mibench.artifacts import ArtifactStore
+    from mibench.data.base import open_dataset
     from mibench.deployment import build_defense
     from mibench.evaluate import open_record
-    from mibench.registry import datasets, metrics
 
-    dataset = datasets.load(job.protocol.data.dataset)
-    for metric in job.protocol.metrics:
-        metrics.load(metric)
+    rule = job.protocol.data
+    dataset = open_dataset(rule.dataset, rule.image_size, None, ArtifactStore().root)
     record = open_record(job, device)
-    size = job.protocol.data.image_size
-    build_defense(job, (3, size, size), len(dataset.class_names))
+    build_defense(job, (3, rule.image_size, rule.image_size), dataset.task)
     return record
+
+
+def _with_data(
+    protocol: Protocol, dataset: str | None, data_root: Path | None, *, part: bool
+) -> Protocol:
+    """Returns the protocol on the user's own images, or on the part of the dataset that is there.
+
+    Raises:
+        MibenchError: there is no such dataset, or it cannot be read or does not fit.
+    """
+    if dataset is None and not part:
+        return protocol
+    from mibench.artifacts import ArtifactStore
+    from mibench.cli.display import shown
+    from mibench.cli.terminal import console
+    from mibench.data.base import is_folder, open_dataset
+    from mibench.data.folder import Folder, own_rule
+    from mibench.data.part import fitted
+    from mibench.params import build
+    from mibench.protocol import DataRule
+
+    cache, rule = ArtifactStore().root, protocol.data
+    with shown(console()):
+        if dataset is not None and is_folder(dataset):
+            rule = own_rule(Folder(Path(dataset), rule.image_size, cache), rule)
+        elif dataset is not None:
+            open_dataset(dataset, rule.image_size, data_root, cache)
+            values = rule.model_dump(mode="json") | {"dataset": dataset}
+            rule = build(DataRule, values, f"--dataset {dataset}")
+        if part:
+            rule = fitted(rule, data_root, cache)
+    return protocol.on(rule)
 
 
 def _print_plan(console: Console, job: Job, record: Record, folder: Path) -> None:
@@ -213,8 +266,8 @@ def _print_plan(console: Console, job: Job, record: Record, folder: Path) -> Non
         ("attack", _component(record.attack.name, job.attack_params)),
         ("protocol", f"{job.protocol.id} ({job.protocol.content_id}): {job.protocol.title}"),
         ("data", f"{data.dataset}, {data.image_size}x{data.image_size} pixels"),
-        ("attacked", f"the first {data.attacked} of {data.private.count} private images"),
-        ("adversary", f"{rule.knowledge}, reads {servers}, chosen as the worst case"),
+        ("attacked", f"the first {data.attacked} of {data.private.count or 'all'} private images"),
+        ("adversary", f"{rule.knowledge}, reads {servers}, {ATTACKERS_IMAGES[rule.auxiliary]}"),
         ("seed", str(job.seed)),
         ("device", str(record.provenance["device"])),
         ("takes", duration),
@@ -266,7 +319,6 @@ def _run(
     from mibench.evaluate import evaluate
     from mibench.files import ensure_writable
     from mibench.outputs import remove_leftovers, write_record, write_result
-    from mibench.registry import datasets
 
     remove_leftovers(folder)
     store = ArtifactStore()
@@ -278,8 +330,7 @@ def _run(
     try:
         with shown(console):
             result = evaluate(job, store, data_root, device)
-        classes = datasets.load(job.protocol.data.dataset).class_names
-        finished = write_result(result, folder, classes)
+        finished = write_result(result, folder)
     except torch.OutOfMemoryError as error:
         failure = DeviceError(
             f"{device} has too little free memory for this run ({str(error).partition('. ')[0]}); "

@@ -6,7 +6,7 @@ direction more of the private image has leaked.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from rich.console import Console
 from rich.table import Table
@@ -87,8 +87,15 @@ def _cells(score: Score, digits: int) -> tuple[str, str]:
 
 def _below(record: Record) -> Iterable[str]:
     yield from _reasons(record)
-    if record.utility:
-        yield _accuracy({score.metric: score for score in record.utility})
+    utility = {score.metric: score for score in record.utility}
+    for name in ("accuracy", "balanced accuracy"):
+        if name in utility:
+            yield _accuracy(name, utility[name], utility[f"undefended {name}"])
+    if record.attributes:
+        yield (
+            f"  over {len(record.attributes)} attributes; each one's accuracy is in the record, "
+            "under attributes"
+        )
     if record.cost is not None:
         yield from _cost(record.cost)
     if record.adversary is not None:
@@ -121,13 +128,13 @@ def _reasons(record: Record) -> Iterable[str]:
         yield f"No number for {', '.join(kept)}: {reason}"
 
 
-def _accuracy(utility: Mapping[str, Score]) -> str:
-    defended, undefended = utility["accuracy"], utility["undefended accuracy"]
+def _accuracy(name: str, defended: Score, undefended: Score) -> str:
+    name = name.capitalize()
     if defended.value is None or undefended.value is None:
-        return f"Accuracy: unknown ({defended.reason or undefended.reason})"
+        return f"{name}: unknown ({defended.reason or undefended.reason})"
     points = 100 * (defended.value - undefended.value)
     return (
-        f"Accuracy: {_percent(defended)}, undefended {_percent(undefended)}: "
+        f"{name}: {_percent(defended)}, undefended {_percent(undefended)}: "
         f"{points:+.1f} points (on {defended.n} private images)"
     )
 
@@ -170,7 +177,13 @@ def _adversary(adversary: AdversaryFacts, cost: Cost | None) -> Iterable[str]:
     else:
         reads = f"server {' and '.join(map(str, adversary.corrupted))}"
         reads += f" (of servers 0 to {servers - 1})" if servers else ""
-    yield f"Adversary: {adversary.knowledge}, reads {reads}"
+    times = adversary.transmissions
+    repeated = f", sees each image sent {times} times" if times > 1 else ""
+    images = {
+        "training": "; its own images are the training images themselves",
+        "other": "; its own images are of another dataset",
+    }.get(adversary.auxiliary, "")
+    yield f"Adversary: {adversary.knowledge}, reads {reads}{repeated}{images}"
     if adversary.screening:
         errors = ", ".join(f"{name}: {error:.4f}" for name, error in adversary.screening.items())
         yield (

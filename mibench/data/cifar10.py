@@ -2,6 +2,7 @@
 
 from mibench.data.hub import HubDataset
 from mibench.registry import datasets
+from mibench.task import Classification
 
 
 @datasets.register("cifar10", paper="Krizhevsky, Learning Multiple Layers of Features, 2009")
@@ -11,6 +12,9 @@ class Cifar10(HubDataset):
     hub_id = "uoft-cs/cifar10"
     image_column = "img"
     label_column = "label"
-    class_names = (
+    native_size = 32
+    # fmt: off
+    task = Classification((
         "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
-    )  # fmt: skip
+    ))
+    # fmt: on

@@ -2,109 +2,148 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mibench import progress
-from mibench.data.base import Dataset, ImageSet, stack
+from mibench.data.base import Dataset, ImageSet
+from mibench.data.decoded import Decoded, Source, files_as_json
+from mibench.data.images import Decoder, UnfitImageError
+from mibench.data.tables import Rows, encoded, library, read_parquet
 from mibench.errors import DataError, UnavailableError
+from mibench.registry import fingerprint
 
 
 class HubDataset(Dataset):
-    """A dataset of the hub with one image column and one class label column.
+    """A dataset of the hub with one image column.
 
-    A subclass names the hub repository and its columns. With a data root, the same columns are
-    read from ``<data root>/<name>/<split>-*.parquet`` (or from ``data/`` below it), offline.
+    A subclass names the hub repository and its columns, and overrides `columns` and `label` if its
+    labels are not classes. With a data root, the same columns are read from
+    ``<data root>/<folder>/<split>-*.parquet`` (or from ``data/`` below it), offline.
+
+    Attributes:
+        hub_id: the repository.
+        folder: name of the folder below the data root; empty for the dataset's own name.
+        image_column: the column of images.
+        label_column: the column of class labels.
+        native_size: side of all images, which are then not resized; None if they vary.
     """
 
     hub_id: ClassVar[str]
+    folder: ClassVar[str] = ""
     image_column: ClassVar[str]
     label_column: ClassVar[str]
+    native_size: ClassVar[int | None] = None
+
+    def __init__(self, data_root: Path | None, image_size: int, cache: Path) -> None:
+        super().__init__(data_root, image_size, cache)
+        self._opened: dict[str, Decoded] = {}
+
+    def size(self, split: str) -> int:
+        """Counts the rows; see `Dataset.size`."""
+        return len(self._split(split).source)
 
     def load(self, split: str, start: int, count: int) -> ImageSet:
         """Decodes a slice of a split, in the source's order; see `Dataset.load`."""
-        table = self._table(split)
-        for column in (self.image_column, self.label_column):
+        decoded = self._split(split)
+        if start + count > len(decoded.source):
+            raise DataError(
+                f"{self._where(split)} holds {len(decoded.source)} images, but the protocol needs "
+                f"images {start} to {start + count}. Use the whole dataset, or a protocol made for "
+                "this part, or add --part to run on what is there (never ranked)."
+            )
+        images, unfit, reason = decoded.load(start, count)
+        if unfit:
+            raise DataError(
+                f"{self._where(split)}: image {unfit[0]} {reason}; copy the files again."
+            )
+        return images
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that hold labels."""
+        return (self.label_column,)
+
+    @property
+    def blank(self) -> Tensor:
+        """A label that says nothing, of the type and shape of all labels."""
+        return torch.tensor(-1)
+
+    def label(self, row: Mapping[str, Any]) -> Tensor:
+        """Returns the label of a row.
+
+        Raises:
+            UnfitImageError: it is not one of the task's.
+        """
+        label = row[self.label_column]
+        if not isinstance(label, int) or not 0 <= label < self.task.outputs:
+            raise UnfitImageError(
+                f"has the label {label!r}, but there are the classes 0 to {self.task.outputs - 1}"
+            )
+        return torch.tensor(label)
+
+    # --- where the rows come from -----------------------------------------------------------------
+
+    def _where(self, split: str) -> str:
+        if self.data_root is None:
+            return f"the split {split!r} of {self.hub_id}"
+        return f"the split {split!r} in {self.data_root / self._folder}"
+
+    @property
+    def _folder(self) -> str:
+        return self.folder or self.name
+
+    def _split(self, split: str) -> Decoded:
+        if split not in self._opened:
+            self._opened[split] = Decoded(self._source(split), self.cache)
+        return self._opened[split]
+
+    def _source(self, split: str) -> Source:
+        native = self.native_size
+        if native is not None and native != self.image_size:
+            raise DataError(
+                f"{self.name} has images of {native}x{native} pixels, but the protocol says "
+                f"{self.image_size}x{self.image_size}."
+            )
+        if self.data_root is None:
+            table = self._from_hub(split)
+            files = [Path(file["filename"]) for file in table.cache_files]
+        else:
+            files = self._local_files(self.data_root / self._folder, split)
+            table = read_parquet(files, self._where(split))
+        for column in (self.image_column, *self.columns):
             if column not in table.column_names:
                 raise DataError(
                     f"{self._where(split)} has no column {column!r} "
                     f"(it has {', '.join(table.column_names)}); the layout of the hub's "
                     f"{self.hub_id} is expected."
                 )
-        if start + count > len(table):
-            raise DataError(
-                f"{self._where(split)} holds {len(table)} images, but the protocol needs images "
-                f"{start} to {start + count}. Use the whole dataset, or a protocol made for this "
-                "part."
-            )
-        images: list[Tensor] = []
-        labels: list[int] = []
-        with progress.task(f"Reading {self.name} {split}", total=count) as task:
-            for row in self._rows(table, split, start, count):
-                pixels = np.asarray(row[self.image_column])
-                if pixels.shape != (self.image_size, self.image_size, 3):
-                    raise DataError(
-                        f"{self._where(split)}: image {start + len(images)} is "
-                        f"{pixels.shape[1]}x{pixels.shape[0]} pixels, but the protocol says "
-                        f"{self.image_size}x{self.image_size}."
-                    )
-                images.append(torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous())
-                labels.append(self._label(row, split, start + len(labels)))
-                task.advance()
-        return stack(images, labels)
+        if not len(table):
+            raise DataError(f"{self._where(split)} holds no images; copy the files again.")
+        return Source(
+            title=f"{self.name} {split}",
+            origin={
+                "dataset": self.name,
+                "version": self.version,
+                "code": fingerprint(type(self)),
+                "split": split,
+                "files": files_as_json(files),
+            },
+            rows=Rows(encoded(table, self.image_column, self._where(split)), self.image_column),
+            image_column=self.image_column,
+            label=self.label,
+            blank=self.blank,
+            decoder=Decoder(self.image_size, exact=native is not None),
+        )
 
-    def _label(self, row: Any, split: str, index: int) -> int:
-        label = row[self.label_column]
-        if not isinstance(label, int) or not 0 <= label < len(self.class_names):
-            raise DataError(
-                f"{self._where(split)}: image {index} has the label {label!r}, but there are the "
-                f"classes 0 to {len(self.class_names) - 1}."
-            )
-        return label
-
-    def _rows(self, table: Any, split: str, start: int, count: int) -> Any:
-        import datasets
-
-        try:
-            # Files that were not written by `datasets` do not say that the column holds images.
-            table = table.cast_column(self.image_column, datasets.Image())
-        except Exception as error:
-            raise DataError(
-                f"{self._where(split)}: the column {self.image_column!r} holds no images."
-            ) from error
-        rows = iter(table.select(range(start, start + count)))
-        while True:
-            try:
-                row = next(rows)
-                yield {**row, self.image_column: row[self.image_column].convert("RGB")}
-            except StopIteration:
-                return
-            except Exception as error:
-                raise DataError(
-                    f"{self._where(split)} holds an unreadable image: {error}"
-                ) from error
-
-    def _where(self, split: str) -> str:
-        if self.data_root is None:
-            return f"the split {split!r} of {self.hub_id}"
-        return f"the split {split!r} in {self.data_root / self.name}"
-
-    def _table(self, split: str) -> Any:
-        import datasets
-
-        datasets.disable_progress_bars()
-        # What it logs of a broken file comes back as the reason of our own error.
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-        if self.data_root is None:
-            return self._from_hub(split)
-        folder = self.data_root / self.name
+    def _local_files(self, folder: Path, split: str) -> list[Path]:
         if not folder.is_dir():
             raise DataError(
                 f"no folder {folder}; --data-root (or MIBENCH_DATA) must hold a folder "
-                f"{self.name!r} with <split>-*.parquet files as on the hub ({self.hub_id})."
+                f"{self._folder!r} with <split>-*.parquet files as on the hub ({self.hub_id})."
             )
         files = sorted(folder.glob(f"{split}-*.parquet"))
         files = files or sorted((folder / "data").glob(f"{split}-*.parquet"))
@@ -112,27 +151,37 @@ class HubDataset(Dataset):
             raise DataError(
                 f"{folder} has no file {split}-*.parquet, so the split {split!r} is missing."
             )
-        try:
-            return datasets.load_dataset("parquet", data_files=[str(file) for file in files])[
-                "train"
-            ]
-        except Exception as error:
-            reason = str(error.__cause__ or error).splitlines()[0]
-            raise DataError(
-                f"{self._where(split)} cannot be read ({reason}); copy {files[0].name} again."
-            ) from error
+        return files
 
     def _from_hub(self, split: str) -> Any:
-        import datasets
-
+        datasets = library()
+        offline = " (HF_HUB_OFFLINE is set)" if datasets.config.HF_HUB_OFFLINE else ""
+        give = (
+            f"give a folder that holds {self._folder}/<split>-*.parquet with --data-root or "
+            "MIBENCH_DATA."
+        )
         try:
             return datasets.load_dataset(self.hub_id, split=split)
-        except (OSError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
-            offline = " (HF_HUB_OFFLINE is set)" if datasets.config.HF_HUB_OFFLINE else ""
+        except (OSError, datasets.exceptions.DatasetsError) as error:
+            if _is_gated(error):
+                raise UnavailableError(
+                    f"{self.hub_id} is gated: accept its terms on its hub page and log in with "
+                    f"`hf auth login`, or {give}"
+                ) from error
             raise UnavailableError(
                 f"cannot get {self.hub_id} from the hub{offline}; connect to the internet, or "
-                f"give a folder that holds {self.name}/<split>-*.parquet with --data-root or "
-                "MIBENCH_DATA."
+                f"{give}"
             ) from error
         except ValueError as error:
             raise DataError(f"{self.hub_id} has no split {split!r}: {error}") from error
+
+
+def _is_gated(error: BaseException | None) -> bool:
+    """Says whether the hub refused since the user has not accepted the terms of a dataset."""
+    from huggingface_hub.errors import GatedRepoError
+
+    while error is not None:
+        if isinstance(error, GatedRepoError) or "gated dataset" in str(error):
+            return True
+        error = error.__cause__
+    return False

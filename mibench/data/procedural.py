@@ -24,6 +24,7 @@ from mibench import progress
 from mibench.data.base import Dataset, ImageSet
 from mibench.errors import DataError
 from mibench.registry import datasets
+from mibench.task import Classification
 
 SILHOUETTES = ("ellipse", "bar", "triangle", "star", "ring")
 SURFACES = ("stripes", "spots")
@@ -470,15 +471,16 @@ class Procedural(Dataset):
     It has one split, ``stream``; image i of it is `render` of index i.
     """
 
-    class_names = CLASS_NAMES
+    task = Classification(CLASS_NAMES)
+
+    def size(self, split: str) -> int:
+        """Returns the number of indices; see `Dataset.size`."""
+        self._check(split)
+        return INDEX_LIMIT
 
     def load(self, split: str, start: int, count: int) -> ImageSet:
         """Renders images ``start`` to ``start + count``; see `Dataset.load`."""
-        if split != "stream" or self.image_size not in SIZES:
-            raise DataError(
-                f"the procedural set has one split, 'stream', of {SIZES[0]} or {SIZES[1]} pixels; "
-                f"the protocol asks for {split!r} of {self.image_size}."
-            )
+        self._check(split)
         chunks = []
         with progress.task("Rendering procedural images", total=count) as task:
             for index in torch.split(torch.arange(start, start + count), _CHUNK):
@@ -486,3 +488,10 @@ class Procedural(Dataset):
                 task.advance(len(index))
         pixels, labels = zip(*chunks, strict=True)
         return ImageSet(torch.cat(pixels), torch.cat(labels))
+
+    def _check(self, split: str) -> None:
+        if split != "stream" or self.image_size not in SIZES:
+            raise DataError(
+                f"the procedural set has one split, 'stream', of {SIZES[0]} or {SIZES[1]} pixels; "
+                f"the protocol asks for {split!r} of {self.image_size}."
+            )

@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mibench import seeding
 from mibench.artifacts import Checkpoint
@@ -35,7 +34,8 @@ class Defense(nn.Module, ABC):
     `log_likelihood`, so that every attack meets its true law.
 
     Args:
-        split: the classifier, cut at the protocol's split point, with fresh weights.
+        split: the classifier, cut at the protocol's split point, before training. Its features
+            are maps (C, h, w) or tokens (N, D), and a defense handles both.
         params: the defense's own parameters.
     """
 
@@ -58,6 +58,7 @@ class Defense(nn.Module, ABC):
     def __init__(self, split: Split, params: Params) -> None:
         super().__init__()
         self.params = params
+        self.task = split.task
         self.client = split.client
         self.server = split.server
 
@@ -108,10 +109,10 @@ class Defense(nn.Module, ABC):
 
         Args:
             images: (B, 3, H, W) in [0, 1], augmented.
-            labels: (B,) class indices.
+            labels: (B,) class indices, or (B, A) attributes; `self.task` knows what to do.
             step: where training stands.
         """
-        return {"task": F.cross_entropy(self(images), labels)}
+        return {"task": self.task.loss(self(images), labels)}
 
     def fit(self, train: ImageSet, recipe: Recipe, seed: int, checkpoint: Checkpoint) -> Facts:
         """Trains client, servers and fusion jointly; returns facts for the record."""

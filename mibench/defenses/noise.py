@@ -22,10 +22,13 @@ class Noise(Defense):
 
     z = BN(f(x)) + s e, with e of unit variance and s = 10^(-SNR/20). The normalisation has no
     learned gain (batch normalisation without affine part), so the client cannot escape the noise
-    by growing its features: their RMS is 1 by construction and s is a noise-to-signal ratio.
+    by growing its features: their RMS is 1 by construction and s is a noise-to-signal ratio. A
+    channel is normalised over the batch and all its places: those of a map (C, h, w), or all tokens
+    of a set (N, D), class tokens included.
 
-    He et al. add noise of a given level to a finished model, without a scale. Inferred here: the
-    calibration, and that the whole model is trained through the noise.
+    He et al. add noise of a given level to a finished model, without a scale, and have no vision
+    transformers. Inferred here: the calibration, that the whole model is trained through the noise,
+    and that all tokens of a set share one scale.
     """
 
     class Params(Defense.Params):
@@ -40,8 +43,10 @@ class Noise(Defense):
 
     def __init__(self, split: Split, params: Params) -> None:
         super().__init__(split, params)
-        channels = split.feature_shape[0]
-        self.normalise = nn.BatchNorm2d(channels, affine=False)
+        shape = split.feature_shape
+        self.normalise: nn.Module = (
+            nn.BatchNorm2d(shape[0], affine=False) if len(shape) == 3 else TokenNorm(shape[-1])
+        )
 
     @property
     def deviation(self) -> float:
@@ -69,3 +74,14 @@ class Noise(Defense):
         if self.params.law == "gaussian":
             return -residual.square().sum(1) / (2 * self.deviation**2)
         return -math.sqrt(2) * residual.abs().sum(1) / self.deviation
+
+
+class TokenNorm(nn.BatchNorm1d):
+    """Batch normalisation of each channel of tokens (B, N, D), without affine part."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, affine=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Keeps the shape."""
+        return super().forward(tokens.flatten(0, 1)).view_as(tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mibench.backbones.base import Split
+from mibench.backbones.tokens import to_map
 from mibench.defenses.base import Defense, Facts, Shares
 from mibench.errors import InvalidParamsError
 from mibench.registry import defenses
@@ -23,6 +25,10 @@ MASK_GAIN = 10.0
 """Scale of the mask logits: with it, the model's learning rate moves them as fast as weights."""
 LEAKAGE_IMAGES = 64
 """Images of a batch on which the leakage term is computed."""
+LEAKAGE_PLACES = 32
+"""Places a side of a share that the leakage term looks at; a finer share is thinned out."""
+LEAKAGE_BLOCK = 32
+"""Side of the pixel block of one place; larger blocks are averaged down to it."""
 RIDGE = 1e-3
 """Penalty of the closed-form proxy attacker, relative to the mean variance of its inputs."""
 
@@ -38,7 +44,8 @@ class PrivDFS(Defense):
 
     A *unit* is one channel at one phase of a grid of period p: the feature map (C, H, W) becomes
     C p^2 maps of (H/p, W/p). p = 1 masks channels, p = H masks single elements, and in between a
-    share stays a compact map that convolutions can read.
+    share stays a compact map that convolutions can read. The tokens of a vision transformer are
+    laid out on their grid, as the map (D, g, g), and cut like any map.
 
     From the abstract of v2: learnable binary masks, sparse and largely non-overlapping shares, a
     branch per server, a light fusion of the branches' predictions on the client. Inferred here,
@@ -51,7 +58,10 @@ class PrivDFS(Defense):
 
     where R2_k is the share of the image's variance that the best linear decoder of share k explains
     (a ridge regression in closed form on the batch, from 3x3 neighbourhoods of the share to the
-    pixels below it). Without that term masks have no reason to prefer one unit over another.
+    pixels below it). Without that term masks have no reason to prefer one unit over another. For
+    vision transformers, which the abstract does not speak of, also: the units of a token grid; that
+    class tokens are not sent, so that each branch pools its own share; and that the leakage term of
+    large images is that of a thinned-out one, see `explained_variance`.
     """
 
     class Params(Defense.Params):
@@ -75,7 +85,9 @@ class PrivDFS(Defense):
 
     def __init__(self, split: Split, params: Params) -> None:
         super().__init__(split, params)
-        channels, height, width = split.feature_shape
+        self.prefix = split.prefix_tokens
+        example = to_map(torch.zeros(1, *split.feature_shape), self.prefix)
+        channels, height, width = example.shape[1:]
         p, k = params.period, params.servers
         if height % p or width % p:
             raise InvalidParamsError(
@@ -158,10 +170,10 @@ class PrivDFS(Defense):
         else:
             shares = tuple(units[:, kept] for kept in self.assignment)
             replies = tuple(self.serve(k, share) for k, share in enumerate(shares))
-        terms = {"task": F.cross_entropy(self.fuse(replies), labels)}
+        terms = {"task": self.task.loss(self.fuse(replies), labels)}
         if self.params.branch:
             scores = [reply[:, : self.classes] for reply in replies]
-            own = torch.stack([F.cross_entropy(score, labels) for score in scores])
+            own = torch.stack([self.task.loss(score, labels) for score in scores])
             terms["branch"] = self.params.branch * own.mean()
         if self.params.leakage:
             some = slice(0, LEAKAGE_IMAGES)
@@ -190,7 +202,7 @@ class PrivDFS(Defense):
         return [self.client, self.fusion]
 
     def _unit_maps(self, images: Tensor) -> Tensor:
-        return F.pixel_unshuffle(self.client(images), self.params.period)
+        return F.pixel_unshuffle(to_map(self.client(images), self.prefix), self.params.period)
 
     def _straight_through(self) -> Tensor:
         """Masks (K, M): exactly 0 or 1 forward, gradients of the soft assignment backward."""
@@ -218,23 +230,31 @@ class PrivDFS(Defense):
 def explained_variance(share: Tensor, images: Tensor) -> Tensor:
     """Share of the images' variance that the best local linear decoder explains, in [0, 1].
 
+    Its cost is bounded by that of images of 32 pixels: of a finer share every s-th place a side is
+    looked at, and images are averaged down where a place stands for a larger block of pixels than
+    `LEAKAGE_BLOCK`, or for a fraction of pixels.
+
     Args:
         share: (B, n, h, w).
-        images: (B, 3, H, W), H a multiple of h. Location (i, j) of the share, with its 3x3
-            neighbourhood (alone where h < 4), decodes the block of pixels that it stands for.
+        images: (B, 3, H, W). Location (i, j) of the share, with its 3x3 neighbourhood (alone where
+            h < 4), decodes the block of pixels that it stands for.
 
     Returns:
         Scalar, differentiable in the share: explained by the ridge fit on these very images, so it
         is too high where a share has many values and the batch few locations.
     """
     with torch.autocast(share.device.type, enabled=False):
-        block = images.shape[-1] // share.shape[-1]
+        height, width = share.shape[2:]
+        block = min(max(images.shape[-1] // width, 1), LEAKAGE_BLOCK)
+        if images.shape[2:] != (height * block, width * block):
+            images = F.adaptive_avg_pool2d(images, (height * block, width * block))
         # A linear decoder does not care about scale, so shrinking a unit must not look private.
         share = share.float()
         share = share / (share.std((0, 2, 3), keepdim=True) + 1e-4)
-        reach = 3 if share.shape[-1] >= 4 else 1
-        x = F.unfold(share, reach, padding=reach // 2).transpose(1, 2).flatten(0, 1)
-        y = F.pixel_unshuffle(images, block).flatten(2).transpose(1, 2).flatten(0, 1)
+        reach, step = 3 if width >= 4 else 1, math.ceil(max(height, width) / LEAKAGE_PLACES)
+        x = F.unfold(share, reach, padding=reach // 2, stride=step).transpose(1, 2).flatten(0, 1)
+        y = F.pixel_unshuffle(images, block)[..., ::step, ::step]
+        y = y.flatten(2).transpose(1, 2).flatten(0, 1)
         x, y = x - x.mean(0), y - y.mean(0)
         xx, xy = x.T @ x / len(x), x.T @ y / len(x)
         ridge = RIDGE * xx.diagonal().mean() + 1e-8

@@ -163,6 +163,44 @@ def normalised_leakage(
     return Estimate(value, min(low, value), max(high, value), n)
 
 
+def balanced_accuracy(told: Tensor, truth: Tensor, seed: int) -> Estimate:
+    """Balanced accuracy of yes-or-no attributes, averaged over them, with its interval.
+
+    Per attribute the mean of the share of rightly told yes and the share of rightly told no, so
+    that a constant answer gets one half however rare the attribute is. An attribute that all images
+    share, or none, has no such mean and is left out, in a resample as well.
+
+    Args:
+        told: Answers, bool (N, A).
+        truth: Labels, bool (N, A).
+        seed: Seed of the resampling of images.
+    """
+    columns = _outcomes(told, truth)
+    value = _balanced(columns.mean(0, keepdim=True))[0].nanmean()
+    if value.isnan():
+        return Estimate(None, None, None, len(told), "every attribute has one value only")
+    means = _resampled_means(columns, seed, _RESAMPLES)
+    low, high = _percentiles(_balanced(means).nanmean(1).nan_to_num(nan=float(value)), _LEVEL)
+    return Estimate(float(value), min(low, float(value)), max(high, float(value)), len(told))
+
+
+def balanced_per_attribute(told: Tensor, truth: Tensor) -> list[float | None]:
+    """Balanced accuracy of each attribute; None where all images share one value."""
+    values = _balanced(_outcomes(told, truth).mean(0, keepdim=True))[0]
+    return [None if value != value else value for value in values.tolist()]
+
+
+def _outcomes(told: Tensor, truth: Tensor) -> Tensor:
+    told, truth = told.cpu(), truth.cpu()
+    return torch.cat([told & truth, truth, ~told & ~truth, ~truth], dim=1).double()
+
+
+def _balanced(means: Tensor) -> Tensor:
+    """(R, 4A) means of right yes, yes, right no, no → balanced accuracy (R, A), or NaN."""
+    right_yes, yes, right_no, no = means.chunk(4, dim=1)
+    return (right_yes / yes + right_no / no) / 2
+
+
 def _checked(values: Tensor, what: str) -> Tensor:
     """The values as a detached float64 vector on the CPU."""
     if values.ndim != 1 or values.numel() == 0:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_splits import build_split
 from torch import nn
 from torch.nn import functional as F
 
@@ -9,6 +10,8 @@ from mibench.artifacts import ArtifactStore
 from mibench.attacks.base import Workshop
 from mibench.data.base import ImageSet
 from mibench.defenses.base import Defense
+from mibench.registry import defenses
+from mibench.task import Classification
 from mibench.threat import Adversary, Knowledge, Target
 
 SIDE = 16
@@ -33,8 +36,31 @@ class Client(Defense):
 def make_target():
     """Wraps a function from images to shares as the target of an attack."""
 
-    def make(function, knowledge=Knowledge.WHITE_BOX, corrupted=(0,), identity="toy"):
-        return Target(Client(function), Adversary(knowledge, corrupted), identity)
+    def make(
+        function, knowledge=Knowledge.WHITE_BOX, corrupted=(0,), identity="toy", transmissions=1
+    ):
+        adversary = Adversary(knowledge, corrupted, transmissions)
+        return Target(Client(function), adversary, identity)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_defense():
+    """A deployed built-in defense with random weights, on features of any layout."""
+
+    def make(name, features, params=None):
+        cls = defenses.load(name)
+        torch.manual_seed(0)
+        split = build_split(features, Classification(tuple("abcde")))
+        defense = cls(split, cls.Params(**(params or {})))
+        defense.train()
+        with torch.no_grad():
+            for seed in range(20):  # the statistics of normalisations
+                defense(
+                    torch.rand(32, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+                )
+        return defense.eval().requires_grad_(False)
 
     return make
 

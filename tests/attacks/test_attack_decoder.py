@@ -1,13 +1,17 @@
 """The decoder: learns, with all of its parts, from shares of any shape."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from mibench.attacks import budget
 from mibench.attacks import decoder as module
-from mibench.attacks.decoder import Decoder, InverseNetwork
+from mibench.attacks.decoder import Decoder
+from mibench.attacks.inverse import InverseNetwork, Placement, TokenEntry
+from mibench.data.base import ImageSet
 from mibench.errors import ThreatModelError
 from mibench.threat import Knowledge
 
@@ -16,6 +20,15 @@ SMALL = {"steps": 120, "batch": 16, "width": 16, "blocks": 1, "lr": 5e-3}
 
 def psnr(one, other):
     return -10 * math.log10(F.mse_loss(one, other).item())
+
+
+def fine(count, seed, side=16):
+    """Smooth pictures with detail inside each patch."""
+    draws = torch.Generator().manual_seed(seed)
+    small = torch.rand(count, 3, side // 2, side // 2, generator=draws)
+    images = F.interpolate(small, (side, side), mode="bilinear")
+    labels = torch.zeros(count, dtype=torch.int64)
+    return ImageSet((images * 255).round().to(torch.uint8), labels)
 
 
 def half_size(images):
@@ -53,12 +66,18 @@ def test_every_part_of_the_network_learns(workshop, make_target, pictures, monke
     original = module.optimise
     monkeypatch.setattr(module, "optimise", spy)
 
-    def two_shares(images):
-        return F.pixel_unshuffle(images[:, :2], 2), images[:, 2:].mean((2, 3))
+    def shares(images):
+        maps = F.pixel_unshuffle(images[:, :2], 2)
+        return (
+            maps,
+            images[:, 2:].mean((2, 3)),
+            maps.flatten(2).transpose(1, 2),
+            maps[:, :, ::2, ::2],
+        )
 
-    target = make_target(two_shares, corrupted=(0, 1))
+    target = make_target(shares, corrupted=(0, 1, 2, 3))
     prepared(workshop, target, pictures(64), pictures(8), steps=10)
-    assert len(networks[0].entries) == 2
+    assert len(networks[0].entries) == 4
     names = {name for name, p in networks[0].named_parameters() if p.requires_grad}
     assert names == set(before[0])
     still = {n for n, p in networks[0].named_parameters() if torch.equal(p, before[0][n])}
@@ -77,6 +96,19 @@ def test_every_part_of_the_network_learns(workshop, make_target, pictures, monke
         [(6, 2, 2)],
         [(5, 8, 8), (7, 1, 1)],
         [(4, 8, 8), (4, 8, 8), (9,)],
+        [(3, 5, 7)],
+        [(3, 11, 11)],
+        [(64, 6)],
+        [(65, 6)],
+        [(20, 6)],
+        [(13, 6)],
+        [(50, 6)],
+        [(60, 6)],
+        [(100, 6)],
+        [(256, 3)],
+        [(5, 6)],
+        [(16, 6), (4, 8, 8)],
+        [(65, 6)] * 3,
     ],
     ids=str,
 )
@@ -84,7 +116,7 @@ def test_shares_of_any_shape_are_read_to_the_last_value(shapes):
     torch.manual_seed(0)
     network = InverseNetwork(shapes, (3, 16, 16), 8, 1)
     shares = tuple(torch.randn(4, *shape) * 3 + 5 for shape in shapes)
-    network.standardise(shares)
+    network.standardise([shares])
     received = tuple(share.clone().requires_grad_() for share in shares)
     images = network(received)
     assert images.shape == (4, 3, 16, 16)
@@ -97,19 +129,20 @@ def test_shares_of_any_shape_are_read_to_the_last_value(shapes):
         assert (gradient[1:] == 0).all()
 
 
-def test_the_scale_of_a_share_does_not_matter():
+@pytest.mark.parametrize("shape", [(4, 8, 8), (65, 4), (30,)], ids=str)
+def test_the_scale_of_a_share_does_not_matter(shape):
     torch.manual_seed(0)
-    share = torch.randn(32, 4, 8, 8)
-    network = InverseNetwork([(4, 8, 8)], (3, 16, 16), 8, 1)
-    network.standardise((share,))
+    share = torch.randn(32, *shape)
+    network = InverseNetwork([shape], (3, 16, 16), 8, 1)
+    network.standardise([(share,)])
     small = network((share,))
-    network.standardise((1e3 * share + 50,))
+    network.standardise([(1e3 * share + 50,)])
     torch.testing.assert_close(network((1e3 * share + 50,)), small, rtol=1e-3, atol=1e-4)
 
 
 def test_a_dead_channel_is_not_blown_up():
     network = InverseNetwork([(2, 8, 8)], (3, 16, 16), 8, 1)
-    network.standardise((torch.zeros(4, 2, 8, 8),))
+    network.standardise([(torch.zeros(4, 2, 8, 8),)])
     images = network((torch.full((4, 2, 8, 8), 1e-6),))
     assert images.isfinite().all()
     assert (images - network((torch.zeros(4, 2, 8, 8),))).abs().max() < 0.05
@@ -139,3 +172,143 @@ def test_it_needs_queries(workshop, make_target, pictures):
     target = make_target(half_size, Knowledge.DATA_ONLY)
     with pytest.raises(ThreatModelError):
         prepared(workshop, target, pictures(8), pictures(4))
+
+
+# --- tokens and coarse maps ----------------------------------------------------------------------
+
+
+def patches(images):
+    """Tokens (B, 16, 48): the pixels of each 4x4 patch."""
+    return (100 - 7 * F.pixel_unshuffle(images, 4).flatten(2).transpose(1, 2),)
+
+
+def with_class_token(images):
+    (tokens,) = patches(images)
+    return (torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1),)
+
+
+def some_tokens(images):
+    """A subset, as a defense might send it: 13 of the 16."""
+    return (patches(images)[0][:, 3:],)
+
+
+def coarse(images):
+    """Maps (B, 192, 4, 4) of images of 32 pixels."""
+    return (F.pixel_unshuffle(images, 8),)
+
+
+@pytest.mark.parametrize(
+    ("client", "side", "patch"), [(patches, 16, 4), (with_class_token, 16, 4), (coarse, 32, 8)]
+)
+def test_what_a_patch_holds_is_put_back_in_its_place(workshop, make_target, client, side, patch):
+    shop = dataclasses.replace(workshop, image_shape=(3, side, side))
+    auxiliary, validation, secret = (fine(n, seed, side) for seed, n in enumerate((256, 16, 32)))
+    attack = prepared(shop, make_target(client), auxiliary, validation)
+    images = secret.images()
+    rebuilt = attack.reconstruct(client(images))
+    # Pixel by pixel, not only the colour of each patch.
+    colours = F.interpolate(F.avg_pool2d(images, patch), scale_factor=patch)
+    assert psnr(rebuilt, images) > 24
+    assert psnr(rebuilt, images) > psnr(colours, images) + 6
+
+
+def test_a_subset_of_the_tokens_rebuilds_part_of_the_image(workshop, make_target, pictures):
+    target = make_target(some_tokens)
+    attack = prepared(workshop, target, pictures(256), pictures(16, seed=1), steps=200)
+    secret = pictures(32, seed=2).images()
+    mean = pictures(256).images().mean(0).expand_as(secret)
+    assert psnr(attack.reconstruct(some_tokens(secret)), secret) > psnr(mean, secret) + 3
+
+
+@pytest.mark.parametrize(
+    ("count", "prefix", "side"), [(16, 0, 4), (17, 1, 4), (64, 0, 8), (65, 1, 8), (69, 5, 8)]
+)
+def test_a_grid_of_tokens_starts_where_it_belongs(count, prefix, side):
+    mixing = TokenEntry((count, 6), 8, 16).mixing.detach()
+    assert torch.equal(mixing[:, prefix:], torch.eye(side**2))
+    assert (mixing[:, :prefix] == 1 / side).all()
+
+
+@pytest.mark.parametrize("count", [13, 14, 50, 60, 64, 65, 71])
+def test_every_token_starts_somewhere(count):
+    mixing = TokenEntry((count, 6), 8, 16).mixing.detach()
+    assert (mixing.sum(0) > 0).all()
+    assert (mixing.sum(1) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("side", "size"), [(32, 16), (64, 32), (96, 48), (128, 64), (160, 40), (224, 56), (31, 16)]
+)
+def test_images_of_any_size_are_rebuilt(side, size):
+    shapes = [(8, size, size), (65, 6), (30,), (4, 14, 14)]
+    network = InverseNetwork(shapes, (3, side, side), 4, 1)
+    shares = tuple(torch.randn(1, *shape) for shape in shapes)
+    read = [reader(share) for reader, share in zip(network.entries, shares, strict=True)]
+    assert {one.shape for one in read} == {(1, 4, size, size)}
+    assert network(shares).shape == (1, 3, side, side)
+
+
+@pytest.mark.parametrize(("side", "size"), [(5, 16), (6, 16), (8, 16), (14, 56), (7, 56)])
+def test_a_coarse_position_reaches_the_pixels_that_it_covers(side, size):
+    torch.manual_seed(0)
+    placement = Placement(3, side, 4, size)
+    maps = torch.randn(1, 3, side, side, requires_grad=True)
+    out = placement(maps)
+    assert out.shape == (1, 4, size, size)
+    for row in range(size):
+        (gradient,) = torch.autograd.grad(out[0, :, row, 0].sum(), maps, retain_graph=True)
+        told = gradient.abs().sum((0, 1, 3)).nonzero().flatten().tolist()
+        low, high = row * side / size, (row + 1) * side / size
+        assert math.floor(low) in told
+        assert all(low - 2 < place < high + 1 for place in told)  # with its neighbours
+    # Positions inside a place differ: it can hold their content.
+    step = size // side
+    block = placement(torch.ones_like(maps))[0, :, step : 2 * step, step : 2 * step].flatten(1)
+    assert (block.std(1) > 0).all()
+
+
+# --- bounded memory ------------------------------------------------------------------------------
+
+
+class Counting:
+    """A client that notes how many images it was sent at once."""
+
+    def __init__(self, client):
+        self.client, self.sizes = client, []
+
+    def __call__(self, images):
+        self.sizes.append(len(images))
+        return self.client(images)
+
+
+@pytest.mark.parametrize("client", [half_size, patches])
+def test_many_images_are_sent_in_parts_and_tell_the_same(
+    workshop, make_target, pictures, monkeypatch, client
+):
+    parts, networks = (pictures(100), pictures(70, seed=1)), {}
+    shares = client(pictures(4, seed=2).images())
+    for limit in (2**22, 32 * 3 * 16 * 16):
+        monkeypatch.setattr(budget, "VALUES", limit)
+        counting = Counting(client)
+        target = make_target(counting, identity=str(limit))
+        attack = prepared(workshop, target, *parts, steps=10)
+        networks[max(counting.sizes)] = attack.reconstruct(shares), attack.facts()["validation_mse"]
+    assert sorted(networks) == [32, 100]
+    torch.testing.assert_close(networks[32], networks[100], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 8), (17, 6), (30,)], ids=str)
+@pytest.mark.parametrize("size", [1, 32, 99])
+def test_statistics_of_parts_are_those_of_the_whole(shape, size):
+    torch.manual_seed(0)
+    share = torch.randn(100, *shape) * torch.rand(shape) + torch.linspace(-3, 3, 100).view(
+        -1, *(1 for _ in shape)
+    )
+    whole, parts = (InverseNetwork([shape], (3, 16, 16), 8, 1).entries[0] for _ in range(2))
+    whole.standardise([whole.moments(share)])
+    parts.standardise([parts.moments(part) for part in share.split(size)])
+    torch.testing.assert_close(parts.mean, whole.mean)
+    torch.testing.assert_close(parts.std, whole.std, rtol=0.03, atol=0)
+    values = share.flatten(1) if len(shape) == 1 else share
+    axes = {1: (0,), 2: (0, 1), 3: (0, 2, 3)}[len(shape)]
+    assert torch.equal(whole.std.flatten(), values.std(axes))

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from mibench.attacks import budget
+from mibench.attacks.diffusion import prior as prior_module
 from mibench.attacks.diffusion.attack import SCALES, Diffusion
 from mibench.attacks.diffusion.prior import Prior, PriorParams, get_prior
 from mibench.attacks.diffusion.sampler import (
@@ -19,7 +21,7 @@ from mibench.attacks.diffusion.sampler import (
     sample,
     straight_through_clamp,
 )
-from mibench.errors import MibenchError, UnavailableError
+from mibench.errors import InvalidParamsError, MibenchError, UnavailableError
 
 TINY = {"steps": 5, "batch": 8, "channels": (16, 16), "timesteps": 40, "patch": 2}
 GUIDANCE = tuple(SCALES)
@@ -242,6 +244,35 @@ def test_the_prior_learns(workshop, pictures):
     assert losses[1] < 0.7 * losses[0]
 
 
+@pytest.mark.parametrize("side", [32, 64, 96, 224])
+def test_the_default_prior_fits_images_of_any_usual_size(side):
+    prior = prior_module._build(PriorParams(), (3, side, side))
+    assert sum(p.numel() for p in prior.parameters()) < 5e6
+    seen = []
+    prior.unet.mid_block.register_forward_hook(lambda *args: seen.append(args[1][0].shape))
+    with torch.no_grad():
+        assert prior(torch.randn(1, 3, side, side), torch.tensor([3])).shape == (1, 3, side, side)
+    assert seen == [(1, 96, side // 8, side // 8)]
+
+
+@pytest.mark.parametrize(("side", "params"), [(30, {}), (36, {}), (224, {"patch": 3})])
+def test_images_that_the_prior_cannot_halve_are_refused(side, params):
+    with pytest.raises(InvalidParamsError, match=f"images of {side} pixels") as caught:
+        prior_module._build(PriorParams(**params), (3, side, side))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_prior_is_judged_in_parts(workshop, pictures, monkeypatch):
+    prior = KnownPrior(mean=0.0, deviation=0.5)
+    images, sizes = pictures(400), []
+    prior.register_forward_hook(lambda *args: sizes.append(len(args[1][0])))
+    whole = prior_module._validation_error(prior, workshop, images)
+    monkeypatch.setattr(budget, "VALUES", 133 * 3 * 16 * 16)
+    parts = prior_module._validation_error(prior, workshop, images)
+    assert sizes == [400, 133, 133, 133, 1]
+    assert parts == pytest.approx(whole, rel=0.2)  # other draws
+
+
 def test_a_trained_prior_comes_from_the_cache(workshop, pictures):
     params, parts = PriorParams(**TINY), (pictures(16), pictures(8, seed=1))
     one, facts = get_prior(params, workshop, *parts)
@@ -363,6 +394,30 @@ def test_the_whole_attack_runs_and_repeats(workshop, make_target, pictures, guid
     assert blind.shape == (5, 3, 16, 16)
     assert blind.min() >= 0
     assert blind.max() <= 1
+
+
+def test_large_batches_are_sampled_in_groups(workshop, make_target, pictures, monkeypatch):
+    monkeypatch.setattr(budget, "VALUES", 4 * 3 * 16 * 16)
+    sizes = []
+
+    def client(images):
+        sizes.append(len(images))
+        return (nn.functional.avg_pool2d(images, 2),)
+
+    params = Diffusion.Params(
+        sampler=SamplerParams(steps=4, strength=0.5, inner=2),
+        tuning_images=3,
+        prior=PriorParams(**TINY | {"batch": 2}),
+        decoder={"steps": 2, "width": 8, "blocks": 1, "batch": 2},
+    )
+    attack = Diffusion(params, workshop)
+    attack.prepare(make_target(client), pictures(8), pictures(9, seed=1))
+    shares = client(pictures(9, seed=2).images())
+    sizes.clear()
+    rebuilt = attack.reconstruct(shares)
+    assert set(sizes) == {4, 1}
+    assert rebuilt.shape == attack.blind(9).shape == (9, 3, 16, 16)
+    assert rebuilt.isfinite().all()
 
 
 @pytest.mark.parametrize("guidance", ["dps", "proximal"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from mibench.attacks import budget
 from mibench.attacks.gradient import Gradient, total_variation
 from mibench.attacks.tuning import best_weight
 from mibench.errors import ThreatModelError
@@ -104,6 +105,23 @@ def test_more_starts_reach_a_lower_objective_per_image(workshop, make_target, pi
         assert torch.equal(kept[place], images[best * 4 + place])
 
 
+def test_large_batches_descend_in_groups(workshop, make_target, pictures, monkeypatch):
+    attack = made(workshop, make_target(rotated), pictures, steps=200, restarts=2, lr=0.2)
+    monkeypatch.setattr(budget, "VALUES", 5 * 3 * 16 * 16)
+    sizes, descend = [], attack._optimise
+
+    def spy(shares, weights):
+        sizes.append(len(weights))
+        return descend(shares, weights)
+
+    attack._optimise = spy
+    secret = pictures(5, seed=2).images()
+    rebuilt = attack.reconstruct(rotated(secret))
+    assert sizes == [4, 4, 2]
+    per_image = (rebuilt - secret).square().flatten(1).mean(1)
+    assert all(-10 * math.log10(error) > 25 for error in per_image.tolist())
+
+
 def test_it_needs_the_weights_of_the_client(workshop, make_target, pictures):
     attack = made(workshop, make_target(rotated), pictures, steps=1)
     attack._target = make_target(rotated, Knowledge.BLACK_BOX)
@@ -145,6 +163,24 @@ def test_the_weight_with_the_least_error_is_chosen():
     assert facts["weight"] == 1.0
     assert list(facts["validation_mse"]) == ["0.1", "1", "10"]
     assert facts["validation_mse"]["0.1"] == pytest.approx(0.09, rel=1e-4)
+
+
+@pytest.mark.parametrize("limit", [1, 4, 7, 1000])
+def test_candidates_are_tried_in_groups(monkeypatch, limit):
+    monkeypatch.setattr(budget, "VALUES", limit * 3 * 4 * 4)
+    images = torch.rand(3, 3, 4, 4)
+    sizes = []
+
+    def attack(shares, weights):
+        sizes.append(len(weights))
+        assert len(shares[0]) == len(weights)
+        return shares[0] + (weights - 0.2).view(-1, 1, 1, 1)
+
+    facts = best_weight(images, (images,), (0.1, 0.2, 0.4), attack)
+    assert facts["weight"] == 0.2
+    assert facts["validation_mse"]["0.4"] == pytest.approx(0.04, rel=1e-4)
+    assert max(sizes) == min(limit, 9)
+    assert sum(sizes) == 9
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from mibench.attacks import ridge
-from mibench.attacks.ridge import ridge_error
+from mibench.attacks.ridge import ridge_error, shrink
 
 
 def images(count, seed):
@@ -78,6 +79,36 @@ def test_a_long_message_is_projected_and_still_read(monkeypatch):
     error = ridge_error(client(learn), learn, client(judge), judge, 0)
     assert error < 0.1 / 12
     assert error == ridge_error(client(learn), learn, client(judge), judge, 0)
+
+
+def test_a_long_message_is_read_block_by_block(monkeypatch):
+    monkeypatch.setattr(ridge, "MAX_INPUTS", 64)
+    learn, judge = images(500, 0), images(50, 1)
+    matrix = mixing(48, 200)
+
+    def client(x):
+        mixed = x.flatten(1) @ matrix
+        return mixed[:, :90], mixed[:, 90:]
+
+    whole = ridge_error(client(learn), learn, client(judge), judge, 0)
+    monkeypatch.setattr(ridge, "BLOCK", 32)
+    parts = ridge_error(client(learn), learn, client(judge), judge, 0)
+    assert parts < 0.1 / 12
+    assert parts == pytest.approx(whole, rel=0.5)
+
+
+def test_large_images_are_predicted_at_a_smaller_size():
+    draws = torch.Generator().manual_seed(0)
+    learn, judge = (torch.rand(60, 3, 64, 64, generator=draws) for _ in range(2))
+
+    def client(x):
+        return (F.avg_pool2d(x, 16).flatten(2).transpose(1, 2),)
+
+    small = [F.avg_pool2d(x, 2) for x in (learn, judge)]
+    error = ridge_error(client(learn), learn, client(judge), judge, 0)
+    assert error == pytest.approx(ridge_error(client(learn), small[0], client(judge), small[1], 0))
+    assert torch.equal(shrink(small[0]), small[0])
+    assert shrink(torch.rand(1, 3, 224, 224)).shape == (1, 3, 32, 32)
 
 
 def test_guesses_stay_in_range():

@@ -68,6 +68,35 @@ def test_list_of_one_kind_has_the_facts(invoke, kind, said):
     assert said in invoke("list", kind).stdout
 
 
+def listed_cut(text, backbone, point):
+    """The cells of one row of a backbone's table."""
+    lines = text[text.index(f"\n{backbone} ") :].splitlines()
+    return next(line for line in lines if line.split()[:1] == [point]).split()[1:]
+
+
+def test_list_backbones_tells_what_each_split_point_sends_and_costs(invoke):
+    text = invoke("list", "backbones").stdout
+    assert "images of 32x32 pixels" in text
+    stem = listed_cut(text, "small-resnet", "stem")
+    flops = 2 * 27 * 64 * 16 * 16
+    assert stem == ["64", "x", "16", "x", "16", "5.33", "1,856", f"{flops / 1e6:.2f}"]
+    assert listed_cut(text, "vit-tiny", "block12")[:3] == ["65", "x", "192"]
+
+
+def test_list_backbones_at_a_size_that_one_cannot_take(invoke):
+    result = invoke("list", "backbones", "--image-size", 12)
+    assert result.exit_code == 0
+    assert listed_cut(result.stdout, "resnet18", "layer2")[:5] == ["128", "x", "6", "x", "6"]
+    after = result.stdout[result.stdout.index("\nhe-cnn ") :].splitlines()
+    assert "cannot be shown: backbone he-cnn: images of 12x12" in after[3]
+
+
+@pytest.mark.parametrize("kind", [["metrics"], []])
+def test_an_image_size_is_for_backbones_alone(refused, kind):
+    line = refused("list", *kind, "--image-size", 64)
+    assert "mibench list backbones --image-size 64" in line
+
+
 def test_doctor_finds_what_is_there(invoke, tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "file").write_bytes(b"x" * 2500)

@@ -26,13 +26,22 @@ def test_all_files_are_there_and_match_the_record(finished):
     record, out = finished.record, finished.out
     assert record.status == "success"
     names = {path.name for path in out.iterdir()}
-    assert names == {"record.json", "per_image.parquet", "grid.png", "reconstructions"}
+    assert names == {
+        "record.json",
+        "per_image.parquet",
+        "manifest.txt",
+        "grid.png",
+        "reconstructions",
+    }
     pictures = sorted((out / "reconstructions").iterdir())
     assert [path.name for path in pictures] == [f"{index:04}.png" for index in range(8)]
     assert Image.open(pictures[0]).size == (32, 32)
+    assert sha256(out / "manifest.txt") == record.manifest
+    assert len((out / "manifest.txt").read_text().splitlines()) == 64
     together = hashlib.sha256(b"".join(path.read_bytes() for path in pictures)).hexdigest()
     assert record.files == {
         "grid.png": sha256(out / "grid.png"),
+        "manifest.txt": record.manifest,
         "per_image.parquet": sha256(out / "per_image.parquet"),
         "reconstructions": together,
     }

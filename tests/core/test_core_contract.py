@@ -9,7 +9,10 @@ from mibench.data.base import ImageSet
 from mibench.defenses.base import Defense
 from mibench.deployment import check_contract
 from mibench.errors import PluginError
-from mibench.utility import correct
+from mibench.task import Classification
+from mibench.utility import answers
+
+TASK = Classification(("a", "b", "c", "d"))
 
 
 class Honest(Defense):
@@ -76,7 +79,7 @@ class Broken(Honest):
 def make():
     def build(cls):
         spec = BackboneSpec("small-resnet", {"stem": 8, "width": 8}, "stem")
-        split = spec.build((3, 16, 16), 4, seed=0)
+        split = spec.build((3, 16, 16), TASK, seed=0)
         return cls(split, cls.Params()).eval()
 
     return build
@@ -100,7 +103,7 @@ def accuracy(make, labelled, cls):
     images, state = labelled
     model = make(cls)
     model.server.load_state_dict(state)
-    return correct(model, images, batch=50).mean().item()
+    return TASK.correct(answers(model, images, batch=50), images.labels).mean().item()
 
 
 def test_an_honest_defense_keeps_its_accuracy(make, labelled):

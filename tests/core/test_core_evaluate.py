@@ -42,7 +42,7 @@ def protocol(**changes):
             "decoder": DECODER,
             "gradient": {"steps": 4, "tuning_images": 2, "restarts": 1, "weights": [0.1, 1.0]},
         },
-        "metrics": ["mse", "psnr"],
+        "metrics": {"mse": 1, "psnr": 1},
         "batch": 8,
         "threads": 1,
     }
@@ -300,7 +300,7 @@ def test_no_attack_is_handed_a_private_image(shared, tmp_path, monkeypatch):
     cls = attacks.load(f"{where}:Spy")
     collected = cls.prepare.__globals__["COLLECTED"]
 
-    roles = load_roles(what.protocol.data, None)
+    roles = load_roles(what.protocol.data, None, shared.root)
     private = set(roles.private.hashes())
     handed = [value for kind, value in collected if kind == "images"]
     assert [len(images) for images in handed] == [128, 16]
@@ -313,7 +313,7 @@ def test_no_attack_is_handed_a_private_image(shared, tmp_path, monkeypatch):
     for (share,) in shares:
         assert share.shape[1:] == (8, 16, 16)
 
-    truth = roles.private.pixels.float().flatten(1)
+    truth = roles.private.raw().float().flatten(1)
     for _, value in [item for item in collected if item[0] == "object"]:
         for tensor in tensors_in(value):
             assert not {24, 12} & set(tensor.shape[:1])
@@ -406,7 +406,7 @@ def test_a_wrong_parameter_is_named_before_anything_runs():
 
 
 def test_a_deployed_model_is_frozen_and_named_by_what_made_it(shared):
-    roles = load_roles(protocol().data, None)
+    roles = load_roles(protocol().data, None, shared.root)
     one = fit(job(), roles, shared, "cpu")
     assert not one.defense.training
     assert not any(p.requires_grad for p in one.defense.parameters())

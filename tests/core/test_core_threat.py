@@ -31,8 +31,8 @@ class ThreeServers(Defense):
         return tuple(share + 0.1 * torch.rand_like(share) for share in self.predict(images))
 
 
-def target(knowledge, corrupted=(0,)):
-    return Target(ThreeServers(), Adversary(knowledge, corrupted), "abc")
+def target(knowledge, corrupted=(0,), transmissions=1):
+    return Target(ThreeServers(), Adversary(knowledge, corrupted, transmissions), "abc")
 
 
 def images(count=2):
@@ -122,6 +122,7 @@ def test_no_public_name_leads_to_the_defense(knowledge):
     assert {field.name for field in dataclasses.fields(seen.adversary)} == {
         "knowledge",
         "corrupted",
+        "transmissions",
     }
 
 
@@ -129,3 +130,28 @@ def test_an_adversary_cannot_promote_itself():
     seen = target(Knowledge.DATA_ONLY)
     with pytest.raises(dataclasses.FrozenInstanceError):
         seen.adversary.knowledge = Knowledge.WHITE_BOX
+
+
+def test_every_transmission_is_seen_and_drawn_anew():
+    pictures = images()
+    seen = target(Knowledge.WHITE_BOX, (0, 2), transmissions=3)
+    sent = seen.query(pictures)
+    assert len(sent) == 6
+    assert seen.queries == 3 * len(pictures)
+    assert not torch.equal(sent[0], sent[2])
+    predicted = seen.client(pictures)
+    assert len(predicted) == 6
+    for share, guess in zip(sent, predicted, strict=True):
+        assert share.shape == guess.shape
+        assert (share - guess).abs().max() <= 0.1 + 1e-6
+    assert seen.identity == "abc/0+2x3"
+
+
+def test_the_likelihoods_of_transmissions_add_up():
+    pictures = images()
+    once, thrice = (target(Knowledge.WHITE_BOX, (0, 2), transmissions=n) for n in (1, 3))
+    predicted = once.client(pictures)
+    sent = thrice.query(pictures)
+    parts = [once.log_likelihood(sent[at : at + 2], predicted) for at in (0, 2, 4)]
+    whole = thrice.log_likelihood(sent, thrice.client(pictures))
+    torch.testing.assert_close(whole, torch.stack(parts).sum(0))

@@ -57,7 +57,7 @@ def recipe(**changes):
     return Recipe(**values)
 
 
-def train(net, checkpoint, how, *, average=None, kill_at=None, seed=4):
+def train(net, checkpoint, how, *, kill_at=None, seed=4):
     def losses(step):
         if step.index == kill_at:
             raise Killed
@@ -65,9 +65,7 @@ def train(net, checkpoint, how, *, average=None, kill_at=None, seed=4):
         y = x[:, :3] * 2
         return {"fit": F.mse_loss(net(x), y), "size": 1e-3 * net[4].weight.square().sum()}
 
-    return optimise(
-        net, losses, how, seed=seed, checkpoint=checkpoint, title="toy", average=average
-    )
+    return optimise(net, losses, how, seed=seed, checkpoint=checkpoint, title="toy")
 
 
 def assert_same_state(one, other):
@@ -81,18 +79,18 @@ def assert_same_state(one, other):
 @pytest.mark.parametrize("average", [None, 0.9])
 @pytest.mark.parametrize(("every", "kill_at"), [(1, 7), (3, 8), (5, 3), (1, STEPS - 1)])
 def test_a_killed_run_ends_where_an_undisturbed_one_ends(optimizer, average, every, kill_at):
-    how = recipe(optimizer=optimizer, clip=1.0)
+    how = recipe(optimizer=optimizer, clip=1.0, average=average)
     undisturbed = network()
-    facts = train(undisturbed, MemoryCheckpoint(10**6), how, average=average)
+    facts = train(undisturbed, MemoryCheckpoint(10**6), how)
 
     checkpoint = MemoryCheckpoint(every)
     with pytest.raises(Killed):
-        train(network(), checkpoint, how, average=average, kill_at=kill_at)
+        train(network(), checkpoint, how, kill_at=kill_at)
     assert len(checkpoint.saved) == kill_at // every
     # Where something was saved, the new process may begin from any weights.
     resumed = network(seed=99 if checkpoint.saved else 0)
     resumed[0].bias.data.copy_(undisturbed[0].bias)
-    again = train(resumed, checkpoint, how, average=average)
+    again = train(resumed, checkpoint, how)
 
     assert_same_state(resumed, undisturbed)
     assert again == facts
@@ -152,7 +150,7 @@ def test_a_loss_that_is_not_finite_ends_in_one_line(value):
 def test_the_average_is_that_of_all_steps_with_a_shorter_memory_at_first():
     net, decay, checkpoint = network(), 0.8, MemoryCheckpoint()
     expected = {name: value.clone() for name, value in net.state_dict().items()}
-    train(net, checkpoint, recipe(), average=decay)
+    train(net, checkpoint, recipe(average=decay))
     for index, (tensors, _) in enumerate(checkpoint.saved):
         keep = min(decay, (1 + index) / (10 + index))
         for name in expected:

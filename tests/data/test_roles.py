@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from mibench.data.base import Dataset, ImageSet, load_roles, stack
+from mibench.data.base import Dataset, ImageSet, load_roles, role_images, stack
 from mibench.errors import DataError
 from mibench.protocol import DataRule, RoleRule
 from mibench.registry import datasets
+from mibench.task import Classification
 
 PLACES = {"train": 0, "auxiliary": 100, "validation": 200, "private": 300}
 
@@ -14,8 +17,13 @@ PLACES = {"train": 0, "auxiliary": 100, "validation": 200, "private": 300}
 class Numbered(Dataset):
     """Image i shows the number i, but a table can say otherwise."""
 
-    class_names = ("a", "b")
+    task = Classification(("a", "b"))
     instead: dict[int, int]
+
+    length = 400
+
+    def size(self, split):
+        return self.length
 
     def load(self, split, start, count):
         assert split == "s"
@@ -27,12 +35,13 @@ class Numbered(Dataset):
 
 
 @pytest.fixture
-def cut(monkeypatch):
-    def make(instead=None, attacked=4):
+def cut(monkeypatch, tmp_path):
+    def make(instead=None, attacked=4, count=10, **rules):
         monkeypatch.setattr(Numbered, "instead", instead or {}, raising=False)
         monkeypatch.setattr(datasets, "load", lambda _: Numbered)
-        roles = {n: RoleRule(split="s", start=at, count=10) for n, at in PLACES.items()}
-        return load_roles(DataRule(dataset="n", image_size=8, attacked=attacked, **roles), None)
+        roles = {n: RoleRule(split="s", start=at, count=count) for n, at in PLACES.items()}
+        rule = DataRule(dataset="n", image_size=8, attacked=attacked, **{**roles, **rules})
+        return load_roles(rule, None, tmp_path)
 
     return make
 
@@ -41,10 +50,83 @@ def test_each_role_holds_its_images_in_order(cut):
     roles = cut()
     for name, start in PLACES.items():
         images = getattr(roles, name)
-        numbers = [int(p[0, 0, 0]) * 256 + int(p[2, 7, 7]) for p in images.pixels]
-        assert numbers == list(range(start, start + 10))
-        assert images.labels.tolist() == [n % 2 for n in numbers]
-    assert roles.class_names == ("a", "b")
+        assert numbers(images) == list(range(start, start + 10))
+        assert images.labels.tolist() == [n % 2 for n in numbers(images)]
+    assert roles.task.names == ("a", "b")
+    assert roles.left_out == {}
+
+
+def numbers(images):
+    return [int(p[0, 0, 0]) * 256 + int(p[2, 7, 7]) for p in images.raw()]
+
+
+def test_a_few_copies_are_left_out_of_the_other_role(cut, shown):
+    # As in CIFAR-100: ten of the test images are training images, pixel for pixel.
+    copies = {100 + 100 * k: 5000 + 7 * k for k in range(10)}
+    places = {"train": 0, "auxiliary": 2000, "validation": 4000, "private": 5000}
+    rules = {
+        name: RoleRule(split="s", start=at, count=500 if name == "validation" else 2000)
+        for name, at in places.items()
+    }
+    roles = cut(copies, attacked=8, **rules)
+    assert roles.left_out == {"train": 10}
+    assert numbers(roles.train) == [n for n in range(2000) if n not in copies]
+    assert roles.train.labels.tolist() == [n % 2 for n in range(2000) if n not in copies]
+    assert len(roles.private) == len(roles.auxiliary) == 2000
+    assert shown == ["left out of train: 10 images that are private ones as well"]
+
+
+def test_more_copies_are_refused(cut):
+    private = RoleRule(split="s", start=5000, count=2000)
+    with pytest.raises(DataError, match="11 images of the role 'train'"):
+        cut(dict.fromkeys(range(11), 5000), train=RoleRule(split="s", count=50), private=private)
+
+
+CUTS = {"train": (0, 0.5), "auxiliary": (0.5, 0.8), "validation": (0.8, 0.9), "private": (0.9, 1)}
+
+
+def hashed(cut, instead=None):
+    rules = {name: RoleRule(split="s", hashed=part) for name, part in CUTS.items()}
+    roles = cut(instead, attacked=2, **rules)
+    return {name: numbers(getattr(roles, name)) for name in CUTS}
+
+
+def test_roles_by_hash_share_nothing_and_hold_everything(cut):
+    parts = hashed(cut)
+    assert sorted(n for part in parts.values() for n in part) == list(range(400))
+    for name, (low, high) in CUTS.items():
+        assert abs(len(parts[name]) - 400 * (high - low)) < 40
+
+
+def test_copies_play_the_same_role(cut):
+    parts = hashed(cut, {300 + k: k for k in range(100)})
+    for part in parts.values():
+        assert all(part.count(n) == 2 for n in part if n < 100)
+    assert sum(part.count(n) for part in parts.values() for n in range(100)) == 200
+
+
+@settings(max_examples=20, deadline=None)
+@given(count=st.integers(60, 300), more=st.integers(0, 60), data=st.data())
+def test_images_that_are_added_move_no_others(count, more, data):
+    order = data.draw(st.permutations(range(count + more)))  # new ones may lie between old ones
+    with pytest.MonkeyPatch.context() as patch:
+
+        def chosen(listed, part):
+            patch.setattr(Numbered, "length", len(listed))
+            patch.setattr(Numbered, "instead", dict(enumerate(listed)), raising=False)
+            data = Numbered(None, 8, None)
+            return numbers(role_images(data, RoleRule(split="s", hashed=part)))
+
+        for part in CUTS.values():
+            before = chosen(range(count), part)
+            after = chosen(order, part)
+            assert [n for n in after if n < count] == before
+
+
+def test_a_role_by_hash_that_stays_empty(cut, monkeypatch):
+    monkeypatch.setattr(Numbered, "length", 3)
+    with pytest.raises(DataError, match="too few"):
+        hashed(cut)
 
 
 @pytest.mark.parametrize("role", ["train", "auxiliary", "validation"])

@@ -2,23 +2,23 @@
 
 import pytest
 import torch
+from small_splits import SHAPE, build_split
 
-from mibench.backbones.base import BackboneSpec
 from mibench.data.base import ImageSet
 from mibench.registry import defenses
+from mibench.task import Classification
 
-SHAPE, CLASSES = (3, 16, 16), 5
+CLASSES = 5
+TASK = Classification(tuple("abcde"))
 
 
 @pytest.fixture(scope="session")
 def make_defense():
-    """Builds a defense by name on a tiny backbone with features (8, 8, 8)."""
+    """Builds a defense by name on a tiny backbone; by default, features are maps (8, 8, 8)."""
 
-    def make(name, params=None, seed=0):
+    def make(name, params=None, seed=0, features="map", task=TASK):
         params = params or {}
-        split = BackboneSpec("small-resnet", {"stem": 8, "width": 8}, "stem").build(
-            SHAPE, CLASSES, seed
-        )
+        split = build_split(features, task, seed)
         cls = defenses.load(name)
         torch.manual_seed(seed)
         return cls(split, cls.Params(**params))

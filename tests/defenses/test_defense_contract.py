@@ -1,7 +1,10 @@
-"""What every built-in defense must do."""
+"""What every built-in defense must do, on maps and on tokens."""
+
+import functools
 
 import pytest
 import torch
+from small_splits import SPECS
 from torch import nn
 
 from mibench.artifacts import Checkpoint
@@ -20,6 +23,11 @@ CASES = [
     for params in VARIANTS.get(name, [{}])
 ]
 every = pytest.mark.parametrize(("name", "params"), CASES)
+
+
+@pytest.fixture(scope="module", params=list(SPECS))
+def make_defense(request, make_defense):
+    return functools.partial(make_defense, features=request.param)
 
 
 def randomised(name):

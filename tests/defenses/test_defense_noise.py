@@ -18,8 +18,8 @@ def snr_db(defense, images):
     return 10 * math.log10(clean.square().mean() / (sent - clean).square().mean())
 
 
-def fitted(make_defense, pictures, folder, **params):
-    defense = make_defense("noise", params)
+def fitted(make_defense, pictures, folder, features="map", **params):
+    defense = make_defense("noise", params, features=features)
     how = Recipe(steps=60, batch=64, lr=0.005, crop=0, flip=False, precision="fp32")
     defense.fit(pictures(128), how, 0, Checkpoint(folder))
     return defense
@@ -108,3 +108,17 @@ def test_draws_stay_finite_in_mixed_precision(make_defense, pictures, law):
     with torch.autocast("cpu", torch.bfloat16):
         for _ in range(20):
             assert defense.protect(images)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("features", ["tokens", "class-token"])
+def test_tokens_are_normalised_channel_by_channel(make_defense, pictures, tmp_path, features):
+    defense = fitted(make_defense, pictures, tmp_path, features, snr_db=3.0)
+    images = pictures(128).images()
+    assert snr_db(defense, images) == pytest.approx(3.0, abs=0.3)
+    defense.train()
+    with torch.no_grad():
+        (clean,) = defense.predict(images)
+        raw = defense.client(images)
+    expected = (raw - raw.mean((0, 1))) / (raw.var((0, 1), correction=0) + 1e-5).sqrt()
+    torch.testing.assert_close(clean, expected, rtol=1e-4, atol=1e-4)
+    assert not list(defense.normalise.parameters())

@@ -7,8 +7,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from mibench.defenses import privdfs
 from mibench.defenses.privdfs import explained_variance
 from mibench.errors import InvalidParamsError
+from mibench.task import Attributes
 from mibench.training import Step
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -61,6 +63,51 @@ def test_shares_hold_the_assigned_units_only(make_defense, pictures):
             channel, phase = divmod(unit, 4)
             dy, dx = divmod(phase, 2)
             assert torch.equal(share[:, place], features[:, channel, dy::2, dx::2])
+
+
+@pytest.mark.parametrize("features", ["tokens", "class-token"])
+@pytest.mark.parametrize("period", [1, 2, 8])
+def test_units_of_tokens_are_phases_of_their_grid(make_defense, pictures, features, period):
+    params = {"servers": 2, "density": 0.25, "period": period}
+    defense, images = (
+        make_defense("privdfs", params, features=features).eval(),
+        pictures(3).images(),
+    )
+    tokens = defense.client(images)
+    prefix = tokens.shape[1] - 64
+    assert prefix == (features == "class-token")
+    for row, share in zip(defense.assignment.tolist(), defense.protect(images), strict=True):
+        assert share.shape == (3, len(row), 8 // period, 8 // period)
+        for place, unit in enumerate(row):
+            channel, phase = divmod(unit, period**2)
+            dy, dx = divmod(phase, period)
+            for i in range(8 // period):
+                for j in range(8 // period):
+                    token = prefix + 8 * (dy + i * period) + dx + j * period
+                    assert torch.equal(share[:, place, i, j], tokens[:, token, channel])
+
+
+def test_a_period_that_does_not_divide_the_token_grid_is_refused(make_defense):
+    with pytest.raises(InvalidParamsError, match=r"period is 3, which does not divide .* 8x8"):
+        make_defense("privdfs", {"period": 3}, features="class-token")
+
+
+@pytest.mark.parametrize("index", [0, 99])
+@pytest.mark.parametrize("features", ["map", "class-token"])
+def test_attributes_are_learned_with_their_own_loss(make_defense, pictures, features, index):
+    task, images = Attributes(tuple("abcde"), smoothing=0.1), pictures(8).images()
+    defense = make_defense("privdfs", {"branch": 0.5}, features=features, task=task)
+    labels = (torch.rand(8, 5, generator=torch.Generator().manual_seed(0)) < 0.5).to(torch.uint8)
+    terms = defense.loss(images, labels, step(index))
+    shares = defense.protect(images)
+    replies = tuple(defense.serve(k, share) for k, share in enumerate(shares))
+    wanted = labels * 0.9 + 0.05
+    fused, *own = (
+        F.binary_cross_entropy_with_logits(scores, wanted)
+        for scores in (defense.fuse(replies), *replies)
+    )
+    torch.testing.assert_close(terms["task"], fused, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(terms["branch"], 0.5 * sum(own) / 4, rtol=1e-4, atol=1e-5)
 
 
 @quick
@@ -229,3 +276,36 @@ def test_it_can_be_descended():
         (gradient,) = torch.autograd.grad(explained_variance(share, images), share)
         share = (share - 0.2 * gradient / gradient.norm() * share.norm()).detach().requires_grad_()
     assert explained_variance(share, images) < 0.7 * first
+
+
+def smooth(count, side):
+    draws = torch.Generator().manual_seed(3)
+    coarse = torch.rand(count, 3, 6, 6, generator=draws)
+    return F.interpolate(coarse, (side, side), mode="bilinear")
+
+
+@pytest.mark.parametrize(("side", "places"), [(224, 112), (96, 96), (224, 7), (224, 1), (30, 4)])
+def test_images_and_shares_of_any_size_are_judged(side, places):
+    """What is averaged from the image explains much of a smooth one, and noise explains little."""
+    images = smooth(16, side)
+    share = F.adaptive_avg_pool2d(images, places).requires_grad_()
+    told = explained_variance(share, images)
+    assert told <= 1.0
+    torch.manual_seed(0)
+    blind = explained_variance(torch.randn_like(share), images)
+    assert told > blind + 0.3 if places > 1 else told > blind
+    (gradient,) = torch.autograd.grad(told, share)
+    assert gradient.isfinite().all()
+    assert gradient.abs().sum() > 0
+
+
+def test_a_thinned_out_share_is_judged_as_the_whole(monkeypatch):
+    torch.manual_seed(0)
+    images = smooth(24, 128) + 0.2 * torch.rand(24, 3, 128, 128)
+    share = F.avg_pool2d(images, 2)[:, :2] + 0.05 * torch.randn(24, 2, 64, 64)
+    thin = explained_variance(share, images).item()
+    monkeypatch.setattr(privdfs, "LEAKAGE_PLACES", 64)
+    whole = explained_variance(share, images).item()
+    assert thin != whole
+    assert 0.1 < whole < 0.95
+    assert thin == pytest.approx(whole, abs=0.02)

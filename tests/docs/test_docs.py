@@ -36,7 +36,7 @@ data:
 backbone: {name: small-resnet, params: {stem: 8, width: 8}, split_point: stem}
 recipe: {steps: 5, batch: 16}
 attacks: {decoder: {steps: 5, batch: 16, width: 8}}
-metrics: [mse, psnr, ssim]
+metrics: {mse: 1, psnr: 1, ssim: 1}
 """
 
 
@@ -157,12 +157,16 @@ def test_every_learned_parameter_of_a_shown_defense_moves(component, tmp_path, p
     from mibench.artifacts import Checkpoint
     from mibench.backbones.base import BackboneSpec
     from mibench.data.base import load_roles
+    from mibench.task import Classification
 
+    ten = Classification(tuple("0123456789"))
     method = defenses.load(written(component, tmp_path))
-    split = BackboneSpec("small-resnet", protocol.backbone.params, "stem").build((3, 32, 32), 10, 0)
+    split = BackboneSpec("small-resnet", protocol.backbone.params, "stem").build(
+        (3, 32, 32), ten, 0
+    )
     defense = method(split, method.Params())
     before = {name: value.detach().clone() for name, value in defense.named_parameters()}
-    train = load_roles(protocol.data, None).train
+    train = load_roles(protocol.data, None, tmp_path).train
     defense.fit(train, protocol.recipe, 0, Checkpoint(tmp_path / "checkpoint"))
     still = [n for n, value in defense.named_parameters() if torch.equal(value, before[n])]
     assert not still

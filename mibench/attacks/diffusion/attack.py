@@ -11,6 +11,7 @@ from torch import Tensor
 from mibench import seeding
 from mibench.artifacts import Checkpoint
 from mibench.attacks.base import Attack, Workshop
+from mibench.attacks.budget import images_at_once, in_groups
 from mibench.attacks.decoder import Decoder
 from mibench.attacks.diffusion.prior import Prior, PriorParams, get_prior
 from mibench.attacks.diffusion.sampler import SamplerParams, sample
@@ -92,17 +93,14 @@ class Diffusion(Attack):
 
     def reconstruct(self, shares: Shares) -> Tensor:
         """One guided sample per image."""
-        count = len(shares[0])
-        return self._sample(shares, torch.full((count,), self._scale, device=shares[0].device))
+        scale = torch.full((len(shares[0]),), self._scale, device=shares[0].device)
+        return in_groups(self._sample, shares, scale, images_at_once(self.workshop.image_shape))
 
     @torch.no_grad()
     def blind(self, count: int) -> Tensor:
         """Unconditional samples of the prior."""
-        assert self._prior is not None, "prepare() comes first"
-        device = self.workshop.device
-        start = torch.zeros(count, *self.workshop.image_shape, device=device)
-        scale = torch.zeros(count, device=device)
-        return sample(self._prior, None, 1, scale, self.params.sampler, start, from_noise=True)
+        nothing = torch.zeros(count, device=self.workshop.device)
+        return in_groups(self._draw, (), nothing, images_at_once(self.workshop.image_shape))
 
     def facts(self) -> dict[str, Json]:
         """The chosen step size with its validation errors, the prior and the decoder."""
@@ -110,6 +108,11 @@ class Diffusion(Attack):
 
     def _candidates(self) -> tuple[float, ...]:
         return self.params.scales or SCALES[self.params.sampler.guidance]
+
+    def _draw(self, _: Shares, scale: Tensor) -> Tensor:
+        assert self._prior is not None, "prepare() comes first"
+        start = torch.zeros(len(scale), *self.workshop.image_shape, device=scale.device)
+        return sample(self._prior, None, 1, scale, self.params.sampler, start, from_noise=True)
 
     def _sample(self, shares: Shares, scale: Tensor) -> Tensor:
         assert self._target is not None, "prepare() comes first"

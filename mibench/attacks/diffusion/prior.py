@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from mibench import seeding
 from mibench.artifacts import Checkpoint
 from mibench.attacks.base import Workshop
+from mibench.attacks.budget import images_at_once
 from mibench.data.base import ImageSet
 from mibench.errors import InvalidParamsError, UnavailableError
 from mibench.files import Json
@@ -23,6 +24,8 @@ from mibench.training import Losses, Step, augment, optimise, shuffled_batch
 
 AVERAGE = 0.999
 """Decay of the weights' moving average."""
+VALIDATION = 512
+"""Validation images on which the prior is judged."""
 
 
 class PriorParams(Parameters):
@@ -92,7 +95,7 @@ def get_prior(
         prior = _build(params, workshop.image_shape).to(workshop.device)
     recipe = Recipe(
         steps=params.steps, batch=params.batch, optimizer="adamw", lr=params.lr,
-        weight_decay=1e-4, warmup=0.05, clip=1.0, crop=0,
+        weight_decay=1e-4, warmup=0.05, clip=1.0, crop=0, average=AVERAGE,
     )  # fmt: skip
 
     seed = seeding.derive(workshop.seed, "prior training")
@@ -105,12 +108,9 @@ def get_prior(
 
         facts = optimise(
             prior, losses, recipe, seed=seed, checkpoint=checkpoint,
-            title="Training diffusion prior", average=AVERAGE,
+            title="Training diffusion prior",
         )  # fmt: skip
-        with torch.no_grad():
-            some = validation.take(512).images().to(workshop.device)
-            draws = seeding.generator(workshop.seed, "prior validation")
-            facts["validation_loss"] = _denoising_error(prior, some, draws).item()
+        facts["validation_loss"] = _validation_error(prior, workshop, validation)
         return prior.state_dict(), facts
 
     spec: dict[str, Json] = {
@@ -134,6 +134,16 @@ def _denoising_error(prior: Prior, images: Tensor, generator: torch.Generator) -
     timestep = timestep.to(images.device)
     noisy = prior.add_noise(2 * images - 1, noise, timestep)
     return F.mse_loss(prior(noisy, timestep).float(), noise)
+
+
+@torch.no_grad()
+def _validation_error(prior: Prior, workshop: Workshop, validation: ImageSet) -> float:
+    draws = seeding.generator(workshop.seed, "prior validation")
+    images, total = validation.take(VALIDATION), 0.0
+    for some in images.chunks(images_at_once(workshop.image_shape)):
+        error = _denoising_error(prior, some.to(workshop.device), draws)
+        total += len(some) * error.item()
+    return total / len(images)
 
 
 def _build(params: PriorParams, image_shape: tuple[int, int, int]) -> Prior:

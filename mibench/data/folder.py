@@ -1,0 +1,284 @@
+"""A user's own images: one subfolder for each class, or parquet files."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from mibench import progress
+from mibench.data.base import Dataset, ImageSet, is_folder, role_images
+from mibench.data.columns import find_columns
+from mibench.data.decoded import Decoded, Source, files_as_json
+from mibench.data.images import Decoder
+from mibench.data.tables import Rows, encoded, library, read_parquet
+from mibench.errors import DataError
+from mibench.protocol import DataRule, RoleRule
+from mibench.registry import fingerprint
+from mibench.task import Classification
+
+TOLERATED = 0.01
+"""Unreadable images, as a share, that are left out; more are refused."""
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "test": "test",
+    "testing": "test",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+}
+"""Names of files and folders that are splits, and what the splits are called."""
+_SUFFIXES = {
+    *(".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
+    *(".tif", ".tiff", ".webp"),
+}
+_LAYOUT = "give one subfolder of images for each class, or parquet files"
+
+
+@dataclass(frozen=True)
+class _Found:
+    """One split of the folder.
+
+    Attributes:
+        table: its rows.
+        files: what the rows were read from.
+    """
+
+    table: Any
+    files: list[Path]
+
+
+class Folder(Dataset):
+    """The images of a folder on this machine.
+
+    The folder holds one subfolder for each class, or parquet files with a column of images and one
+    of labels. Subfolders or files that are called ``train``, ``test`` or ``validation`` (``val``,
+    ``valid``) are splits if there are at least two and one is ``train``; anything else is one
+    split, ``train``. Labels become classes in sorted order. A few unreadable images are left out.
+
+    Args:
+        path: the folder, or one parquet file.
+        image_size: side of the images that are handed out, in pixels.
+        cache: folder in which decoded images are kept.
+
+    Raises:
+        DataError: there is no such folder, or no images of two or more classes in it.
+    """
+
+    name: ClassVar[str] = "folder"
+    version: ClassVar[int] = 1
+
+    def __init__(self, path: Path, image_size: int, cache: Path) -> None:
+        super().__init__(None, image_size, cache)
+        self.path = path
+        root = path.expanduser().absolute()
+        if not root.exists():
+            raise DataError(f"there is no folder {path}; check the path.")
+        self._root = root if root.is_dir() else root.parent
+        files = _parquet_files(root)
+        self._found = _from_parquet(files, path) if files else _from_images(root, path)
+        self._columns = find_columns(
+            {split: found.table for split, found in self._found.items()}, str(path)
+        )
+        self.task = Classification(self._columns.classes)
+        self._opened: dict[str, Decoded] = {}
+        self._told: set[tuple[str, int, int]] = set()
+
+    @property
+    def splits(self) -> list[str]:
+        """The names of the splits."""
+        return list(self._found)
+
+    def size(self, split: str) -> int:
+        """Counts the images, unreadable ones included; see `Dataset.size`."""
+        return len(self._split(split).source)
+
+    def load(self, split: str, start: int, count: int) -> ImageSet:
+        """Decodes a slice of a split, without unreadable images; see `Dataset.load`."""
+        decoded = self._split(split)
+        if start + count > len(decoded.source):
+            raise DataError(
+                f"the split {split!r} of {self.path} holds {len(decoded.source)} images, but the "
+                f"protocol needs images {start} to {start + count}. Give more images, or a "
+                "protocol made for this folder, or add --part to run on what is there (never "
+                "ranked)."
+            )
+        images, unfit, reason = decoded.load(start, count)
+        if unfit:
+            rows = decoded.source.rows.read(unfit[:5])
+            named = ", ".join(map(self._called, rows, unfit)) + (", ..." if unfit[5:] else "")
+            if len(unfit) > TOLERATED * count:
+                raise DataError(
+                    f"{len(unfit)} of {count} images in {self.path} cannot be used: {named} (the "
+                    f"first {reason}); mend or remove them."
+                )
+            if (split, start, count) not in self._told:
+                self._told.add((split, start, count))
+                progress.note(f"left out of {self.path}: {len(unfit)} unreadable images ({named})")
+        return images
+
+    def _called(self, row: Mapping[str, Any], number: int) -> str:
+        path = (row[self._columns.image] or {}).get("path")
+        if not path:
+            return f"image {number}"
+        inside = Path(path).is_relative_to(self._root)
+        return Path(path).relative_to(self._root).as_posix() if inside else str(path)
+
+    def _split(self, split: str) -> Decoded:
+        if split not in self._found:
+            raise DataError(
+                f"{self.path} has no split {split!r} (it has {', '.join(self.splits)}); name a "
+                "subfolder so, or use a protocol made for this folder."
+            )
+        if split not in self._opened:
+            self._opened[split] = Decoded(self._source(split), self.cache)
+        return self._opened[split]
+
+    def _source(self, split: str) -> Source:
+        found, columns = self._found[split], self._columns
+        return Source(
+            title=f"{self.path} {split}",
+            origin={
+                "dataset": self.name,
+                "code": fingerprint(type(self)),
+                "columns": [columns.image, columns.label],
+                "classes": list(columns.classes),
+                "split": split,
+                "files": files_as_json(found.files, self._root),
+            },
+            rows=Rows(encoded(found.table, columns.image, str(self.path)), columns.image),
+            image_column=columns.image,
+            label=lambda row: torch.tensor(columns.class_of(row[columns.label])),
+            blank=torch.tensor(-1),
+            decoder=Decoder(self.image_size),
+        )
+
+
+def own_rule(folder: Folder, like: DataRule) -> DataRule:
+    """Returns the roles of a user's own folder.
+
+    Where it has its own test images (else validation images), those are the private ones and the
+    rest is cut from ``train``; otherwise all four are cut from its one split. The hash of an image
+    says which role it plays, so copies stay together and images that are added move no others.
+
+    Args:
+        folder: the folder.
+        like: the rule of the protocol, for the size of the images and how many are attacked.
+
+    Raises:
+        DataError: there are too few images.
+    """
+    name = str(folder.path)
+    held_out = next((split for split in ("test", "validation") if split in folder.splits), None)
+
+    def role(low: float, high: float, split: str = "train") -> RoleRule:
+        return RoleRule(split=split, hashed=(low, high))
+
+    if held_out is not None:
+        roles = {"train": role(0, 0.6), "auxiliary": role(0.6, 0.95), "validation": role(0.95, 1)}
+        roles["private"] = role(0, 1, held_out)
+    else:
+        roles = {"train": role(0, 0.5), "auxiliary": role(0.5, 0.8), "validation": role(0.8, 0.85)}
+        roles["private"] = role(0.85, 1)
+    private = len(role_images(folder, roles["private"]))
+    if private < 2:
+        raise DataError(
+            f"{folder.path} has too few images: one would be private; give a larger folder."
+        )
+    return DataRule(
+        dataset=name if is_folder(name) else f"./{name}",
+        image_size=like.image_size,
+        attacked=min(like.attacked, private),
+        **roles,
+    )
+
+
+# --- class subfolders -----------------------------------------------------------------------------
+
+
+def _from_images(root: Path, path: Path) -> dict[str, _Found]:
+    if not root.is_dir():
+        raise DataError(f"{path} is neither a folder nor a parquet file; {_LAYOUT}.")
+    parts = {SPLITS[one.name.lower()]: one for one in _folders(root) if one.name.lower() in SPLITS}
+    if len(parts) < 2 or "train" not in parts:
+        return {"train": _class_table(root, path)}
+    for one in _folders(root):
+        if one not in parts.values() and next(_images(one), None) is not None:
+            raise DataError(
+                f"{path} holds images in {one.name!r} beside its splits {', '.join(parts)}; "
+                "move them away."
+            )
+    return {split: _class_table(one, path) for split, one in parts.items()}
+
+
+def _class_table(root: Path, path: Path) -> _Found:
+    loose = next((one for one in sorted(root.iterdir()) if _is_image(one.name)), None)
+    if loose is not None:
+        raise DataError(
+            f"{path} holds images outside of class folders, such as {loose.name}; put each into "
+            "the folder of its class."
+        )
+    files = [(file, folder.name) for folder in _folders(root) for file in _images(folder)]
+    if not files:
+        raise DataError(f"no images in {path}; {_LAYOUT}.")
+    datasets = library()
+    features = {"image": datasets.Image(decode=False), "label": datasets.Value("string")}
+    paths, labels = zip(*files, strict=True)
+    rows = {"image": [str(file) for file in paths], "label": list(labels)}
+    return _Found(
+        datasets.Dataset.from_dict(rows, features=datasets.Features(features)), list(paths)
+    )
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(one for one in root.iterdir() if one.is_dir() and not _is_hidden(one.name))
+
+
+def _images(folder: Path) -> Iterator[Path]:
+    for place, inner, names in os.walk(folder):
+        inner[:] = sorted(name for name in inner if not _is_hidden(name))
+        yield from (Path(place, name) for name in sorted(names) if _is_image(name))
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in _SUFFIXES and not _is_hidden(name)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+# --- parquet files --------------------------------------------------------------------------------
+
+
+def _parquet_files(root: Path) -> list[Path]:
+    if root.is_file():
+        return [root] if root.suffix == ".parquet" else []
+    files = sorted(file for file in root.rglob("*.parquet") if file.is_file())
+    return [file for file in files if not any(map(_is_hidden, file.relative_to(root).parts))]
+
+
+def _from_parquet(files: list[Path], path: Path) -> dict[str, _Found]:
+    named = {file: _split_of(file) for file in files}
+    splits = sorted({split for split in named.values() if split is not None}, reverse=True)
+    if len(splits) < 2 or "train" not in splits:
+        return {"train": _Found(read_parquet(files, str(path)), files)}
+    stray = next((file for file, split in named.items() if split is None), None)
+    if stray is not None:
+        raise DataError(
+            f"{path} holds {stray.name} beside its splits {', '.join(splits)}; move it away."
+        )
+    parts = {split: [file for file in files if named[file] == split] for split in splits}
+    return {split: _Found(read_parquet(part, str(path)), part) for split, part in parts.items()}
+
+
+def _split_of(file: Path) -> str | None:
+    """The split that a file's name starts with, or that its folder is called."""
+    first = re.split(r"[-._ 0-9]", file.stem.lower(), maxsplit=1)[0]
+    return SPLITS.get(first) or SPLITS.get(file.parent.name.lower())
