@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from mibench.artifacts import ArtifactStore, Checkpoint
 from mibench.attacks.base import Attack, Workshop
 from mibench.attacks.ridge import ridge_error, shrink
 from mibench.controls import permute
-from mibench.data.base import Roles
+from mibench.data.base import ImageSet, Roles
 from mibench.defenses.base import Shares
 from mibench.deployment import Deployed
 from mibench.errors import PluginError, blaming
@@ -120,9 +121,9 @@ def attack(
         attacker = method(params, workshop)
         attacker.prepare(target, roles.auxiliary, roles.validation)
 
-    private = roles.private.take(protocol.data.attacked)
+    private = roles.attacked
     # A stream of the users' own, which no attack draws from.
-    users = seeding.derive(job.seed, "users", deployed.identity)
+    users = seeding.derive(job.seed, "users", deployed.weights)
     with blaming(type(deployed.defense), "protect"):
         received = adversary.observes(
             lambda turn: deployed.defense.transmit(
@@ -144,12 +145,21 @@ def attack(
             "target": target.identity,
             "auxiliary": roles.auxiliary.identity,
             "validation": roles.validation.identity,
-            "private": private.identity,
+            "received": _digest(received),
             "batch": protocol.batch,
         },
         image_shape=private.image_shape,
         batch=protocol.batch,
     )
+
+
+def _digest(shares: Shares) -> str:
+    """SHA-256 over what was received, shortened: a reconstruction follows from nothing else."""
+    digest = hashlib.sha256()
+    for share in shares:
+        digest.update(repr((tuple(share.shape), str(share.dtype))).encode())
+        digest.update(share.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _worst_adversary(
@@ -164,8 +174,8 @@ def _worst_adversary(
     size = min(SCREENING_IMAGES, max(1, SCREENING_VALUES // values_sent(defense, roles.validation)))
     learn, judge = roles.auxiliary.take(size), roles.validation.take(size)
     seen, other_seen = (torch.cat([shrink(c) for c in one.chunks()]) for one in (learn, judge))
-    sent = defense.transmit(learn, job.protocol.batch, seeding.derive(job.seed, "screening"))
-    other = defense.transmit(judge, job.protocol.batch, seeding.derive(job.seed, "screened"))
+    sent = _averaged(job, deployed, learn, seeding.derive(job.seed, "screening"))
+    other = _averaged(job, deployed, judge, seeding.derive(job.seed, "screened"))
     errors = {}
     with progress.task("Screening coalitions", total=len(coalitions)) as task:
         for coalition in coalitions:
@@ -177,3 +187,14 @@ def _worst_adversary(
     worst = min(errors, key=errors.__getitem__)
     named = {"+".join(map(str, coalition)): error for coalition, error in errors.items()}
     return Adversary(rule.knowledge, worst, rule.transmissions), named
+
+
+def _averaged(job: Job, deployed: Deployed, images: ImageSet, seed: int) -> Shares:
+    """The mean of all transmissions that the adversary sees: all that a linear reader can use."""
+    total: list[Tensor] = []
+    times = job.protocol.adversary.transmissions
+    for turn in range(times):
+        draws = seeding.derive(seed, turn) if turn else seed
+        sent = deployed.defense.transmit(images, job.protocol.batch, draws)
+        total = [a + b for a, b in zip(total, sent, strict=True)] if turn else list(sent)
+    return tuple(share / times for share in total) if times > 1 else tuple(total)

@@ -15,7 +15,7 @@ from mibench.backbones.base import BackboneSpec
 from mibench.data.base import Roles
 from mibench.defenses.base import Defense, Facts
 from mibench.errors import PluginError, blaming
-from mibench.files import canonical_json
+from mibench.files import Json, canonical_json, content_id
 from mibench.job import Job
 from mibench.params import build
 from mibench.registry import defenses, fingerprint, lineage, package_fingerprint
@@ -29,11 +29,14 @@ class Deployed:
 
     Attributes:
         defense: the model in evaluation mode.
-        identity: hash of the trained weights.
+        weights: hash of the trained weights.
+        identity: hash of all that the messages follow from: weights, code and parameters of the
+            defense. What is learned against it is found again by this.
         facts: what training reported.
     """
 
     defense: Defense
+    weights: str
     identity: str
     facts: Facts
 
@@ -74,16 +77,27 @@ def fit(job: Job, roles: Roles, store: ArtifactStore, device: str) -> Deployed:
             canonical_json(facts)
         return learner.state_dict(), facts
 
+    made_of: dict[str, Json] = {
+        "params": learner.params.model_dump(mode="json"),
+        "backbone": job.protocol.backbone.model_dump(mode="json"),
+        "code": [
+            *lineage(method),
+            fingerprint(Defense),
+            package_fingerprint("mibench.backbones"),
+            fingerprint(Step),
+        ],
+        "task": [type(roles.task).__name__, roles.task.outputs],
+    }
+    initial = _hash(learner.state_dict())
     artifact = store.fetch(
         "defense",
         {
+            **made_of,
             "defense": job.defense,
-            "params": learner.params.model_dump(mode="json"),
-            "backbone": job.protocol.backbone.model_dump(mode="json"),
+            # Follows the seed, the libraries' initialisation, and pretrained weights from the hub.
+            "initial": initial,
             "recipe": job.protocol.recipe.model_dump(mode="json"),
             "train": roles.train.identity,
-            "task": [type(roles.task).__name__, roles.task.outputs],
-            "code": [*lineage(method), package_fingerprint("mibench.backbones"), fingerprint(Step)],
             "torch": torch.__version__,
             "seed": job.seed,
             "device": torch.device(device).type,
@@ -97,7 +111,13 @@ def fit(job: Job, roles: Roles, store: ArtifactStore, device: str) -> Deployed:
     defense.load_state_dict(artifact.tensors)
     defense.to(device).eval().requires_grad_(requires_grad=False)
     check_contract(defense, roles.validation.images(slice(0, 4)).to(device))
-    return Deployed(defense, _hash(artifact.tensors), artifact.facts)
+    weights = _hash(artifact.tensors)
+    return Deployed(
+        defense=defense,
+        weights=weights,
+        identity=content_id({**made_of, "weights": weights}),
+        facts={"initial_weights": initial, **artifact.facts},
+    )
 
 
 @torch.no_grad()
@@ -128,6 +148,14 @@ def check_contract(defense: Defense, images: Tensor) -> None:
         if not share.isfinite().all():
             raise PluginError(f"{who} returned values that are infinite or not a number")
     random = any(not torch.equal(a, b) for a, b in zip(shares, again, strict=True))
+    if not random:
+        with blaming(method, "predict"):
+            predicted = defense.predict(images)
+        if len(predicted) != len(shares) or not all(map(torch.equal, shares, predicted)):
+            raise PluginError(
+                f"{who} is not random, but {method.__name__}.predict() returns something else than "
+                "it sends; an attack has to meet the true message"
+            )
     if random and method.predict is Defense.predict:
         raise PluginError(
             f"{who} is random, so {method.__name__} must override predict() and log_likelihood(): "

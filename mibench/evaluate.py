@@ -24,7 +24,7 @@ from mibench.errors import InvalidParamsError
 from mibench.files import Json
 from mibench.job import UNDEFENDED, Job
 from mibench.params import build
-from mibench.protocol import Protocol
+from mibench.protocol import ROLES, Protocol
 from mibench.provenance import provenance
 from mibench.record import Component, Cost, DataFacts, ProtocolId, Record
 from mibench.registry import attacks, backbones, defenses, fingerprint
@@ -72,8 +72,7 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
     opened = open_record(job, device)
     torch.set_num_threads(job.protocol.threads)
     roles = load_roles(job.protocol.data, data_root, store.root)
-    roles.private.verify()
-    private = roles.private.take(job.protocol.data.attacked)
+    private = roles.attacked
     bare = job.defense == UNDEFENDED
 
     deployed = fit(job, roles, store, device)
@@ -101,7 +100,7 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
     validated = answers(deployed.defense, roles.validation, batch) if same_labels else None
     manifest = roles.private.hashes()
     spent = cost(deployed.defense, reference.defense, private)
-    over = _over_budget(job.protocol, spent)
+    over = _over_budget(job.protocol, spent) + _other_images(job.protocol, roles)
     record = opened.completed(
         protocol=opened.protocol.model_copy(update={"ranked": opened.protocol.ranked and not over}),
         deviations=opened.deviations + over,
@@ -136,7 +135,7 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
             **undefended.columns("undefended_"),
             **permuted_scores.columns("permuted_"),
             **floor.columns("prior_only_"),
-            "correct": task.correct(told, labels)[: len(private)],
+            "correct": task.correct(told, labels)[roles.chosen],
         },
     )
 
@@ -170,6 +169,7 @@ def open_record(job: Job, device: str) -> Record:
             content=protocol.content_id,
             track=protocol.track,
             ranked=protocol.ranked and not job.deviations(),
+            values=protocol.described(),
         ),
         defense=_component(defenses.load(job.defense), job.defense, job.defense_params),
         attack=_component(method, job.attack, job.merged_attack_params()),
@@ -182,7 +182,7 @@ def open_record(job: Job, device: str) -> Record:
 
 
 def _data_facts(protocol: Protocol, roles: Roles) -> DataFacts:
-    sets = {name: getattr(roles, name) for name in ("train", "auxiliary", "validation", "private")}
+    sets = {name: getattr(roles, name) for name in ROLES}
     return DataFacts(
         dataset=protocol.data.dataset,
         image_size=protocol.data.image_size,
@@ -203,6 +203,16 @@ def _component(cls: type, name: str, values: Mapping[str, Json]) -> Component:
         code=fingerprint(cls),
         params=params.model_dump(mode="json"),
     )
+
+
+def _other_images(protocol: Protocol, roles: Roles) -> list[str]:
+    """Names the roles whose images are not those that the protocol means."""
+    found = []
+    for role in ROLES:
+        meant = getattr(protocol.data, role).identity
+        if meant is not None and meant != getattr(roles, role).identity:
+            found.append(f"the images of the role {role!r} are not those of the protocol")
+    return found
 
 
 def _over_budget(protocol: Protocol, cost: Cost) -> list[str]:

@@ -14,12 +14,14 @@ from typing import Literal
 from pydantic import Field, JsonValue, model_validator
 
 from mibench.errors import InvalidParamsError, UnknownNameError
-from mibench.files import Json, content_id
+from mibench.files import Json, canonical_json, content_id
 from mibench.params import Parameters, build, parse_yaml
 from mibench.suggest import unknown
 from mibench.threat import Knowledge
 
-Roles = Literal["train", "auxiliary", "validation", "private"]
+SSIM_WINDOW = 11
+"""Side of SSIM's window in pixels."""
+ROLES = ("train", "auxiliary", "validation", "private")
 Auxiliary = Literal["training", "disjoint", "other"]
 """The attacker's images: the training images themselves, others of the same kind, another kind."""
 
@@ -35,13 +37,16 @@ class RoleRule(Parameters):
             disjoint roles in a folder that has no order of its own, copies included.
         dataset: another dataset than the protocol's, for an attacker without images of the same
             kind.
+        identity: hash over the images and labels that are meant, in order; others depart from the
+            protocol. Null where the whole dataset was not at hand when the protocol was made.
     """
 
-    split: str
-    start: int = Field(default=0, ge=0)
-    count: int | None = Field(default=None, gt=0)
+    split: str = Field(pattern=r"^[\w.-]+$")
+    start: int = Field(default=0, ge=0, lt=2**40)
+    count: int | None = Field(default=None, gt=0, lt=2**40)
     hashed: tuple[float, float] | None = None
     dataset: str | None = None
+    identity: str | None = Field(default=None, pattern="^[0-9a-f]{16}$")
 
     @model_validator(mode="after")
     def _whole(self) -> RoleRule:
@@ -81,7 +86,7 @@ class DataRule(Parameters):
     """
 
     dataset: str
-    image_size: int = Field(gt=0)
+    image_size: int = Field(gt=0, le=2048)
     train: RoleRule
     auxiliary: RoleRule
     validation: RoleRule
@@ -90,16 +95,15 @@ class DataRule(Parameters):
 
     @model_validator(mode="after")
     def _consistent(self) -> DataRule:
-        roles: list[Roles] = ["train", "auxiliary", "validation", "private"]
-        for index, one in enumerate(roles):
-            for other in roles[index + 1 :]:
+        for index, one in enumerate(ROLES):
+            for other in ROLES[index + 1 :]:
                 if {one, other} == {"train", "auxiliary"}:
                     continue  # the adversary's rule says whether they may
                 if getattr(self, one).overlaps(getattr(self, other)):
                     raise ValueError(f"the roles {one!r} and {other!r} share images")
-        for role in roles:
+        for role in ROLES:
             named = getattr(self, role).dataset
-            if named == self.dataset:
+            if named is not None and _same_place(named, self.dataset):
                 raise ValueError(
                     f"the role {role!r} names the protocol's own dataset; leave it out"
                 )
@@ -225,11 +229,16 @@ class Protocol(Parameters):
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     max_client_flops: int | None = Field(default=None, gt=0)
     batch: int = Field(default=128, gt=0)
-    threads: int = Field(default=1, gt=0)
+    threads: int = Field(default=1, gt=0, le=1024)
     minutes: dict[str, float] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _declared(self) -> Protocol:
+        size = self.data.image_size
+        if self.recipe.crop >= size:
+            raise ValueError(f"recipe.crop is {self.recipe.crop}, but images have {size} pixels")
+        if "ssim" in self.metrics and size < SSIM_WINDOW:
+            raise ValueError(f"ssim needs images of {SSIM_WINDOW} pixels or more, not {size}")
         found = self.data.strength
         if found != self.adversary.auxiliary:
             raise ValueError(
@@ -253,7 +262,9 @@ class Protocol(Parameters):
     @property
     def ranked(self) -> bool:
         """Whether results can stand on a leaderboard: a released protocol of a ranked track."""
-        return self.track in ("lite", "standard") and self.id in released() and not self.changes
+        if self.track not in ("lite", "standard") or self.id not in released():
+            return False
+        return self.content_id == load_protocol(self.id).content_id
 
     @property
     def changes(self) -> list[str]:
@@ -261,9 +272,10 @@ class Protocol(Parameters):
         if self.id not in released():
             return []
         mine, theirs = self.described(), load_protocol(self.id).described()
-        return [key for key in mine if mine[key] != theirs[key]]
+        # As JSON: 1 and 1.0 are equal in Python and have different ids.
+        return [key for key in mine if canonical_json(mine[key]) != canonical_json(theirs[key])]
 
-    def described(self) -> dict[str, Json]:
+    def described(self) -> dict[str, JsonValue]:
         """Returns every value that can change a result, defaults spelled out."""
         return self.model_dump(mode="json", exclude={"title", "minutes"})
 
@@ -275,6 +287,19 @@ class Protocol(Parameters):
         """
         values = self.model_dump(mode="json") | {"data": data.model_dump(mode="json")}
         return build(Protocol, values, self.id)
+
+
+def is_folder(dataset: str) -> bool:
+    """Says whether a dataset is given as the path of a folder, and not as a name or a class."""
+    if ".py:" in dataset:
+        return False
+    return "/" in dataset or "\\" in dataset or dataset.startswith((".", "~"))
+
+
+def _same_place(one: str, other: str) -> bool:
+    if not (is_folder(one) and is_folder(other)):
+        return one == other
+    return Path(one).resolve() == Path(other).resolve()
 
 
 def released() -> list[str]:

@@ -53,12 +53,13 @@ class Score(_Part):
 
 
 class ProtocolId(_Part):
-    """Which protocol: its id and the hash of its content."""
+    """Which protocol: its id, the hash of its content, and all that it fixes (from format 2 on)."""
 
     id: str
     content: str
     track: str
     ranked: bool
+    values: dict[str, JsonValue] = {}
 
 
 class AdversaryFacts(_Part):

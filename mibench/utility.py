@@ -18,7 +18,7 @@ from mibench.record import Cost
 
 BLOCK = 1024
 """Images whose shares are held at a time, at most."""
-BLOCK_VALUES = 2**27
+BLOCK_VALUES = 2**25
 """Values of all shares that are held at a time, at most (but for the shares of one batch)."""
 
 

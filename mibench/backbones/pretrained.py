@@ -27,7 +27,7 @@ def network(
     otherwise.
 
     Args:
-        arch: timm's name of the network, without a tag: timm's default weights are taken.
+        arch: timm's name of the network with the tag of its weights.
         classes: number of logits.
         pretrained: take the published weights.
         adapt: changes them first.
@@ -66,7 +66,7 @@ def network(
 
 
 def normalisation(arch: str) -> Normalise:
-    """Returns the normalisation that timm's default weights of a network were trained with."""
+    """Returns the normalisation that the published weights of a network were trained with."""
     published = _published(arch)
     return Normalise(published.mean, published.std)
 

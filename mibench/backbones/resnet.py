@@ -72,7 +72,7 @@ class ResNet18(TimmResNet):
     stem all are four times smaller a side.
     """
 
-    arch = "resnet18"
+    arch = "resnet18.a1_in1k"
 
 
 @backbones.register("resnet50", paper="He et al., arXiv 1512.03385")
@@ -84,4 +84,4 @@ class ResNet50(TimmResNet):
     stem all are four times smaller a side.
     """
 
-    arch = "resnet50"
+    arch = "resnet50.a1_in1k"

@@ -159,7 +159,7 @@ class ViTTiny(Published):
     and one more in front, the class token, unless ``pool`` is ``avg``.
     """
 
-    arch = "vit_tiny_patch16_224"
+    arch = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 
 
 @backbones.register("vit-small", paper="Dosovitskiy et al., arXiv 2010.11929; 2106.10270")
@@ -170,7 +170,7 @@ class ViTSmall(Published):
     and one more in front, the class token, unless ``pool`` is ``avg``.
     """
 
-    arch = "vit_small_patch16_224"
+    arch = "vit_small_patch16_224.augreg_in21k_ft_in1k"
 
 
 @backbones.register("small-vit", paper="after Dosovitskiy et al., arXiv 2010.11929")
@@ -181,7 +181,7 @@ class SmallViT(VisionTransformer):
     N = (H / patch)^2 tokens and one more in front, the class token, unless ``pool`` is ``avg``.
     """
 
-    arch = "vit_tiny_patch16_224"
+    arch = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 
     class Params(VisionTransformer.Params):
         """Size of the network."""

@@ -40,6 +40,7 @@ def list_components(
         int | None,
         typer.Option(
             min=1,
+            max=1024,
             help="For backbones: side of the images whose features are shown, in pixels "
             f"[default: {IMAGE_SIZE}].",
         ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,15 +15,18 @@ import torch
 from torch import Tensor
 
 from mibench import progress
-from mibench.errors import DataError
-from mibench.protocol import DataRule, RoleRule
+from mibench.errors import DataError, UnknownNameError
+from mibench.protocol import DataRule, RoleRule, is_folder
 from mibench.registry import datasets
 from mibench.task import Task
 
 CHUNK = 256
 """Images that are looked at at a time where a whole set is walked through."""
 TOLERATED_COPIES = 0.005
-"""Private images, as a share of all, that may lie in another role and are then left out there."""
+"""Images of a role, as a share of all, that may lie in another one and are then left out there."""
+
+LARGEST_HASHED = 10**7
+"""Images of a split from which a role may be chosen by hash: all of them are read."""
 
 
 class Pixels(Protocol):
@@ -33,30 +36,67 @@ class Pixels(Protocol):
     def shape(self) -> tuple[int, ...]:
         """(rows, 3, H, W)."""
 
-    def __getitem__(self, rows: Tensor, /) -> Tensor:
+    def __getitem__(self, rows: Tensor | slice, /) -> Tensor:
         """Returns the images of these rows as uint8 (n, 3, H, W), on the CPU."""
+
+
+class Selected:
+    """Chosen rows of larger pixels; no other row can be reached from here.
+
+    Each image is compared with its hash when it is first read, so what was damaged on disk since it
+    was decoded is not used unnoticed.
+
+    Args:
+        pixels: the larger pixels.
+        rows: int64 (N,), the chosen rows.
+        digests: SHA-256 of each chosen image, uint8 (N, 32).
+    """
+
+    def __init__(self, pixels: Pixels, rows: Tensor, digests: Tensor) -> None:
+        self.__pixels = pixels
+        self.__rows = rows
+        self.__digests = digests
+        self.__checked = torch.zeros(len(rows), dtype=torch.bool)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, 3, H, W)."""
+        return len(self.__rows), *self.__pixels.shape[1:]
+
+    def __getitem__(self, index: Tensor | slice, /) -> Tensor:
+        """Returns the chosen images at ``index``, uint8 (n, 3, H, W).
+
+        Raises:
+            DataError: an image is not what it was when its hash was taken.
+        """
+        images = self.__pixels[self.__rows[index]]
+        known = self.__digests[index]
+        for place in (~self.__checked[index]).nonzero().flatten().tolist():
+            if digest(images[place]) != bytes(known[place].numpy()):
+                raise DataError(
+                    "a decoded image in the cache is damaged; delete the folder 'images' of the "
+                    "cache (`mibench doctor` names it) and run again."
+                )
+        self.__checked[index] = True
+        return images
+
+    def at(self, index: Tensor) -> Selected:
+        """Returns the chosen images at ``index``, without reading them."""
+        return Selected(self.__pixels, self.__rows[index], self.__digests[index])
 
 
 class ImageSet:
     """Images with labels, kept as bytes wherever they lie and handed out as floats.
 
     Args:
-        pixels: rows of images, uint8 (M, 3, H, W).
+        pixels: uint8 (N, 3, H, W), in memory or not.
         labels: one per image: int64 (N,), or uint8 (N, A) of attributes.
-        rows: int64 (N,), where each image lies in ``pixels``; by default all rows in order.
         digests: SHA-256 of each image's bytes, uint8 (N, 32), where they are known already.
     """
 
-    def __init__(
-        self,
-        pixels: Pixels,
-        labels: Tensor,
-        rows: Tensor | None = None,
-        digests: Tensor | None = None,
-    ) -> None:
+    def __init__(self, pixels: Pixels, labels: Tensor, digests: Tensor | None = None) -> None:
         self.pixels = pixels
         self.labels = labels
-        self.rows = torch.arange(len(labels)) if rows is None else rows
         self._known = digests
 
     def __len__(self) -> int:
@@ -70,7 +110,7 @@ class ImageSet:
 
     def raw(self, index: Tensor | slice = slice(None)) -> Tensor:
         """Returns the images at ``index`` as uint8 (n, 3, H, W)."""
-        return self.pixels[self.rows[index]]
+        return self.pixels[index]
 
     def images(self, index: Tensor | slice = slice(None)) -> Tensor:
         """Returns the images at ``index`` as floats (n, 3, H, W) in [0, 1]."""
@@ -88,7 +128,8 @@ class ImageSet:
     def at(self, index: Tensor) -> ImageSet:
         """Returns the images at ``index``, without reading them."""
         digests = None if self._known is None else self._known[index]
-        return ImageSet(self.pixels, self.labels[index], self.rows[index], digests)
+        chosen = self.pixels.at(index) if isinstance(self.pixels, Selected) else self.pixels[index]
+        return ImageSet(chosen, self.labels[index], digests)
 
     def hashes(self) -> list[str]:
         """Returns the manifest: SHA-256 of each decoded image's bytes, in order."""
@@ -101,23 +142,10 @@ class ImageSet:
         digest.update(self.labels.contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def verify(self) -> None:
-        """Reads every image and compares it with its hash.
-
-        Raises:
-            DataError: an image is not what it was when its hash was taken.
-        """
-        if self._known is not None and not torch.equal(self._known, self._digested()):
-            raise DataError(
-                "a decoded image in the cache is damaged; delete the folder 'images' of the cache "
-                "(`mibench doctor` names it) and run again."
-            )
-
     @cached_property
     def _digests(self) -> Tensor:
-        return self._digested() if self._known is None else self._known
-
-    def _digested(self) -> Tensor:
+        if self._known is not None:
+            return self._known
         found = []
         for start in range(0, len(self), CHUNK):
             found += [digest(image) for image in self.raw(slice(start, start + CHUNK))]
@@ -180,17 +208,24 @@ class Roles:
         train: trains the model and its defense.
         auxiliary: the attacker's own images.
         validation: the attacker's own choices (weights, stopping) are made on these.
-        private: the users' images: accuracy on all, attacks on the first ``attacked``.
+        private: the users' images: accuracy on all.
+        chosen: places of the attacked images among the private ones: the first that all differ.
         task: what the model learns, from the dataset of ``train`` and ``private``.
-        left_out: by role, images that were left out since they are private ones as well.
+        left_out: by role, images that were left out since another role holds a copy of them.
     """
 
     train: ImageSet
     auxiliary: ImageSet
     validation: ImageSet
     private: ImageSet
+    chosen: Tensor
     task: Task
     left_out: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def attacked(self) -> ImageSet:
+        """The private images under attack."""
+        return self.private.at(self.chosen)
 
 
 def open_dataset(name: str, image_size: int, data_root: Path | None, cache: Path) -> Dataset:
@@ -204,23 +239,26 @@ def open_dataset(name: str, image_size: int, data_root: Path | None, cache: Path
         from mibench.data.folder import Folder
 
         return Folder(Path(name), image_size, cache)
-    dataset: Dataset = datasets.load(name)(data_root, image_size, cache)
+    try:
+        dataset: Dataset = datasets.load(name)(data_root, image_size, cache)
+    except UnknownNameError as error:
+        if Path(name).exists():
+            hint = f"{error}; for the folder of that name write ./{name}"
+            raise UnknownNameError(hint) from error
+        raise
     return dataset
 
 
-def is_folder(name: str) -> bool:
-    """Says whether a dataset is given as a path: it holds a separator, or starts with a dot."""
-    return "/" in name or "\\" in name or name.startswith((".", "~"))
-
-
 def load_roles(rule: DataRule, data_root: Path | None, cache: Path) -> Roles:
-    """Cuts the four roles as the protocol says, none of which shares a private image.
+    """Cuts the four roles as the protocol says, none of which shares an image with another.
 
-    A few copies of private images in another role (CIFAR-100 has ten in its official training
-    split) are left out of that role; more are refused.
+    Real datasets hold copies of images (CIFAR-100 has ten test images in its official training
+    split). A few copies are left out of the later of two roles, in the order private, train,
+    validation, auxiliary; more are refused. Auxiliary images that are training images by the
+    protocol's own rule stay.
 
     Raises:
-        DataError: images are missing or unfit, or many images of another role are private ones.
+        DataError: images are missing or unfit, or two roles share many.
         UnavailableError: images must be downloaded and cannot be.
     """
     opened: dict[str, Dataset] = {}
@@ -231,20 +269,17 @@ def load_roles(rule: DataRule, data_root: Path | None, cache: Path) -> Roles:
             opened[name] = open_dataset(name, rule.image_size, data_root, cache)
         return role_images(opened[name], role)
 
-    private = cut(rule.private)
     parts: dict[str, ImageSet] = {}
     left_out: dict[str, int] = {}
-    for role in ("train", "auxiliary", "validation"):
+    for role in ("private", "train", "validation", "auxiliary"):
         images = cut(getattr(rule, role))
-        parts[role], left_out[role] = _without(images, private, role)
-    if rule.attacked > len(private):
-        raise DataError(
-            f"the protocol attacks {rule.attacked} images, but the role 'private' has only "
-            f"{len(private)}; give a larger dataset."
-        )
+        earlier = [name for name in parts if (name, role) != ("train", "auxiliary")]
+        if rule.strength != "training":
+            earlier = list(parts)
+        parts[role], left_out[role] = _without(images, role, {n: parts[n] for n in earlier})
     return Roles(
         **parts,
-        private=private,
+        chosen=_distinct(parts["private"], rule.attacked),
         task=opened[rule.dataset].task,
         left_out={role: count for role, count in left_out.items() if count},
     )
@@ -260,7 +295,13 @@ def role_images(dataset: Dataset, role: RoleRule) -> ImageSet:
     if role.hashed is None:
         assert role.count is not None, "a rule without hashes has a count"
         return dataset.load(role.split, role.start, role.count)
-    whole = dataset.load(role.split, 0, dataset.size(role.split))
+    size = dataset.size(role.split)
+    if size > LARGEST_HASHED:
+        raise DataError(
+            f"{dataset.name} has {size} images in the split {role.split!r}, too many to choose a "
+            "role by their hashes; name a range with start and count."
+        )
+    whole = dataset.load(role.split, 0, size)
     # Where an image goes follows from its content: copies stay together, and images that are added
     # later move none of those that were there.
     low, high = role.hashed
@@ -276,20 +317,39 @@ def role_images(dataset: Dataset, role: RoleRule) -> ImageSet:
     return part if role.count is None else part.take(role.count)
 
 
-def _without(images: ImageSet, private: ImageSet, role: str) -> tuple[ImageSet, int]:
-    scored = set(private.hashes())
-    copies = [name in scored for name in images.hashes()]
-    count = sum(copies)
-    if not count:
+def _without(images: ImageSet, role: str, earlier: Mapping[str, ImageSet]) -> tuple[ImageSet, int]:
+    """Leaves out what an earlier role holds, and returns how many images that were."""
+    names = images.hashes()
+    copies: set[str] = set()
+    for other, theirs in earlier.items():
+        shared = set(names).intersection(theirs.hashes())
+        count = sum(name in shared for name in names)
+        if count > TOLERATED_COPIES * len(theirs):
+            raise DataError(
+                f"{count} images of the role {role!r} are also in the role {other!r}; "
+                "an attack or a defense would be judged on images it has seen. "
+                "Mend the data folder or the protocol's roles."
+            )
+        copies |= shared
+    if not copies:
         return images, 0
-    if count > TOLERATED_COPIES * len(private):
+    kept = images.at(torch.tensor([at for at, name in enumerate(names) if name not in copies]))
+    count = len(images) - len(kept)
+    progress.note(f"left out of {role}: {count} images that another role holds as well")
+    return kept, count
+
+
+def _distinct(private: ImageSet, count: int) -> Tensor:
+    """Returns where the first images lie that all differ: a copy would be its own control."""
+    first: dict[str, int] = {}
+    for at, name in enumerate(private.hashes()):
+        first.setdefault(name, at)
+    if len(first) < count:
         raise DataError(
-            f"{count} images of the role {role!r} are also in the role 'private'; "
-            "an attack or a defense would be scored on images it has seen. "
-            "Mend the data folder or the protocol's roles."
+            f"the protocol attacks {count} images, but the role 'private' has only {len(first)} "
+            "that differ; give a larger dataset."
         )
-    progress.note(f"left out of {role}: {count} images that are private ones as well")
-    return images.at((~torch.tensor(copies)).nonzero().flatten()), count
+    return torch.tensor(list(first.values())[:count])
 
 
 def stack(images: list[Tensor], labels: list[int]) -> ImageSet:

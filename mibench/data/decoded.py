@@ -9,10 +9,11 @@ their hashes and labels alone and the images are decoded whenever they are read.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,7 +30,7 @@ from safetensors import numpy as safetensors_numpy
 from torch import Tensor
 
 from mibench import progress
-from mibench.data.base import ImageSet, digest
+from mibench.data.base import ImageSet, Selected, digest
 from mibench.data.images import Decoder, UnfitImageError
 from mibench.data.tables import Rows
 from mibench.errors import DataError, InvalidParamsError
@@ -41,7 +42,9 @@ SHARD = 1024
 BATCH = 64
 """Encoded images that are in memory at a time."""
 LIMIT = "MIBENCH_DECODED_GB"
-_FORMAT = 1
+_FORMAT = 2
+_BESIDE = ("labels", "digests", "readable", "animated")
+"""What a shard holds beside its images, one row per image."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +90,20 @@ class Source:
         Raises:
             UnfitImageError: it cannot be used.
         """
+        return self.decoder(self.encoded(row))
+
+    def encoded(self, row: Mapping[str, Any]) -> bytes | Path:
+        """Returns a row's image as it was found.
+
+        Raises:
+            UnfitImageError: there is none.
+        """
         cell = row[self.image_column] or {}
         if cell.get("bytes") is not None:
-            return self.decoder(cell["bytes"])
+            return bytes(cell["bytes"])
         if not cell.get("path"):
             raise UnfitImageError("is missing")
-        return self.decoder(Path(cell["path"]))
+        return Path(cell["path"])
 
     def problem(self, number: int) -> str | None:
         """Says why a row cannot be used, in words that follow its name; None if it can."""
@@ -113,12 +124,14 @@ class _Shard:
         labels: one per row.
         digests: uint8 (n, 32).
         fit: bool (n,), rows that can be used.
+        animated: bool (n,), images of which only the first frame is used.
         offset: where the images start in the file; None if it holds none.
     """
 
     labels: Tensor
     digests: Tensor
     fit: Tensor
+    animated: Tensor
     offset: int | None
 
 
@@ -151,15 +164,13 @@ class Decoded:
             StorageError: the cache cannot be written.
             InvalidParamsError: the limit in the environment is not a number.
         """
-        numbers = range(start // SHARD, -(-(start + count) // SHARD))
-        self._provide(numbers)
-        shards = [self._shards[number] for number in numbers]
-        inside = slice(start - numbers.start * SHARD, start - numbers.start * SHARD + count)
+        shards, inside = self._provided(start, count)
         fit = torch.cat([shard.fit for shard in shards])[inside]
         labels = torch.cat([shard.labels for shard in shards])[inside]
         digests = torch.cat([shard.digests for shard in shards])[inside]
         rows = torch.arange(start, start + count)
-        images = ImageSet(self, labels[fit], rows[fit], digests[fit])
+        chosen = Selected(self, rows[fit], digests[fit])
+        images = ImageSet(chosen, labels[fit], digests[fit])
         unfit = rows[~fit].tolist()
         problems = {row: self.source.problem(row) for row in unfit[:BATCH]}
         healed = {row // SHARD for row, problem in problems.items() if problem is None}
@@ -170,14 +181,25 @@ class Decoded:
             return self.load(start, count)
         return images, unfit, problems[unfit[0]] or "" if unfit else ""
 
-    def __getitem__(self, rows: Tensor, /) -> Tensor:
+    def animated(self, start: int, count: int) -> int:
+        """Counts those of images ``start`` to ``start + count`` that are a first frame of several.
+
+        Raises:
+            StorageError: the cache cannot be written.
+            InvalidParamsError: the limit in the environment is not a number.
+        """
+        shards, inside = self._provided(start, count)
+        return int(torch.cat([shard.animated for shard in shards])[inside].sum())
+
+    def __getitem__(self, rows: Tensor | slice, /) -> Tensor:
         """Returns the images of these rows, which were loaded before, as uint8 (n, 3, S, S).
 
         Raises:
             StorageError: the cache was damaged or removed meanwhile.
             DataError: an image is decoded on access and was damaged meanwhile.
         """
-        wanted = rows.numpy()
+        every = torch.arange(len(self.source))
+        wanted = (every[rows] if isinstance(rows, slice) else rows).numpy()
         found = np.empty((len(wanted), *self.shape[1:]), np.uint8)
         numbers = wanted // SHARD
         bare: list[int] = []
@@ -237,6 +259,13 @@ class Decoded:
     def _rows(self, number: int) -> range:
         return range(number * SHARD, min((number + 1) * SHARD, len(self.source)))
 
+    def _provided(self, start: int, count: int) -> tuple[list[_Shard], slice]:
+        """The shards of so many images, and where the images lie in these shards' rows."""
+        numbers = range(start // SHARD, -(-(start + count) // SHARD))
+        self._provide(numbers)
+        first = start - numbers.start * SHARD
+        return [self._shards[number] for number in numbers], slice(first, first + count)
+
     def _provide(self, numbers: range) -> None:
         """Makes the shards that are missing, damaged, or without images though there is room."""
         for number in numbers:
@@ -275,6 +304,7 @@ class Decoded:
             "labels": labels.numpy(),
             "digests": np.zeros((len(rows), 32), np.uint8),
             "readable": np.zeros(len(rows), bool),
+            "animated": np.zeros(len(rows), bool),
         }
         if keep:
             tensors["pixels"] = np.zeros((len(rows), *self.shape[1:]), np.uint8)
@@ -282,50 +312,73 @@ class Decoded:
             batch = self.source.rows.read(rows[first : first + BATCH])
             for place, item in enumerate(self._pool.map(self._prepare, batch), first):
                 if item is not None:
-                    image, label, name = item
+                    image, label, name, tensors["animated"][place] = item
                     labels[place] = label
                     tensors["digests"][place] = np.frombuffer(name, np.uint8)
                     tensors["readable"][place] = True
                     if keep:
                         tensors["pixels"][place] = image.numpy()
             task.advance(len(batch))
-        write_atomically(self._path(number), safetensors_numpy.save(tensors))
+        check = {"check": self._check(number, tensors)}
+        write_atomically(self._path(number), safetensors_numpy.save(tensors, check))
         shard = self._open(number)
         assert shard is not None, "a shard that was just written is whole"
         self._shards[number] = shard
 
-    def _prepare(self, row: Mapping[str, Any]) -> tuple[Tensor, Tensor, bytes] | None:
+    def _prepare(self, row: Mapping[str, Any]) -> tuple[Tensor, Tensor, bytes, bool] | None:
         try:
-            image, label = self.source.image(row), self.source.label(row)
+            image, animated = self.source.decoder.first_frame(self.source.encoded(row))
+            label = self.source.label(row)
         except UnfitImageError:
             return None
-        return image, label, digest(image)
+        return image, label, digest(image), animated
+
+    def _check(self, number: int, held: Mapping[str, NDArray[Any]]) -> str:
+        """SHA-256 over what lies beside the images of a shard, and over where it belongs.
+
+        The images are not in it: each has its own hash there, which is compared when it is read.
+        """
+        found = hashlib.sha256(f"{self._folder.name} {number}".encode())
+        for name in _BESIDE:
+            found.update(f" {name} {held[name].dtype} {held[name].shape} ".encode())
+            found.update(held[name].tobytes())
+        return found.hexdigest()
 
     def _open(self, number: int) -> _Shard | None:
         path = self._path(number)
         try:
             # Opening checks that the file is as long as its header says.
             with safetensors.safe_open(path, "np") as file:
-                held = {name: file.get_tensor(name) for name in ("labels", "digests", "readable")}
-            offset = _offset(path)
+                held = {name: file.get_tensor(name) for name in _BESIDE}
+                check = (file.metadata() or {}).get("check")
+            offset = _offset(path, [len(self._rows(number)), *self.shape[1:]])
         except (OSError, SafetensorError, KeyError, ValueError):
             return None
-        if any(len(tensor) != len(self._rows(number)) for tensor in held.values()):
+        if check != self._check(number, held):
             return None
-        labels, digests, fit = map(torch.from_numpy, held.values())
-        return _Shard(labels, digests, fit, offset)
+        labels, digests, fit, animated = (torch.from_numpy(held[name]) for name in _BESIDE)
+        return _Shard(labels, digests, fit, animated, offset)
 
 
-def _offset(path: Path) -> int | None:
+def _offset(path: Path, shape: list[int]) -> int | None:
     """Where the tensor ``pixels`` starts in a safetensors file, or None if it has none.
 
     The file starts with the length of its header (8 bytes, little-endian) and the header, JSON
     that says for each tensor where it lies behind the header.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: its header is not JSON, or the tensor is not uint8 of this shape.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    return 8 + length + int(header["pixels"]["data_offsets"][0]) if "pixels" in header else None
+    if "pixels" not in header:
+        return None
+    pixels = header["pixels"]
+    if (pixels["dtype"], pixels["shape"]) != ("U8", shape):
+        raise ValueError("not the images of this shard")
+    return 8 + length + int(pixels["data_offsets"][0])
 
 
 def _limit() -> float:
@@ -338,19 +391,3 @@ def _limit() -> float:
     if not gigabytes >= 0:
         raise InvalidParamsError(f"{LIMIT} is {text!r}; give a number of gigabytes, such as 64")
     return gigabytes * 1e9
-
-
-def files_as_json(files: Iterable[Path], root: Path | None = None) -> list[Json]:
-    """Names files by what changes when they do: (name, size, time of the last change).
-
-    The place of the files does not count: ``root``, or their own folder, is left out of the names.
-
-    Raises:
-        OSError: a file is gone.
-    """
-    found: list[Json] = []
-    for file in files:
-        status = file.stat()
-        name = file.name if root is None else file.relative_to(root).as_posix()
-        found.append([name, status.st_size, status.st_mtime_ns])
-    return found

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 
 from mibench import progress
-from mibench.data.base import Dataset, ImageSet, is_folder, role_images
+from mibench.data.base import Dataset, ImageSet, role_images
 from mibench.data.columns import find_columns
-from mibench.data.decoded import Decoded, Source, files_as_json
+from mibench.data.content import content_key
+from mibench.data.decoded import Decoded, Source
 from mibench.data.images import Decoder
 from mibench.data.tables import Rows, encoded, library, read_parquet
 from mibench.errors import DataError
-from mibench.protocol import DataRule, RoleRule
+from mibench.protocol import DataRule, RoleRule, is_folder
 from mibench.registry import fingerprint
 from mibench.task import Classification
 
@@ -77,14 +78,20 @@ class Folder(Dataset):
     def __init__(self, path: Path, image_size: int, cache: Path) -> None:
         super().__init__(None, image_size, cache)
         self.path = path
-        root = path.expanduser().absolute()
-        if not root.exists():
-            raise DataError(f"there is no folder {path}; check the path.")
-        self._root = root if root.is_dir() else root.parent
-        files = _parquet_files(root)
-        self._found = _from_parquet(files, path) if files else _from_images(root, path)
+        try:
+            root = _named(path.expanduser().absolute())
+        except RuntimeError as error:
+            raise DataError(f"there is no folder {path}: no such user; check the path.") from error
+        try:
+            self._root = root if root.is_dir() else root.parent
+            self._found, where = _find(root, path)
+        except OSError as error:
+            raise DataError(
+                f"{path} cannot be read: {error.strerror or error}; check the path and whether "
+                "you may read all below it."
+            ) from error
         self._columns = find_columns(
-            {split: found.table for split, found in self._found.items()}, str(path)
+            {split: found.table for split, found in self._found.items()}, where
         )
         self.task = Classification(self._columns.classes)
         self._opened: dict[str, Decoded] = {}
@@ -121,6 +128,9 @@ class Folder(Dataset):
             if (split, start, count) not in self._told:
                 self._told.add((split, start, count))
                 progress.note(f"left out of {self.path}: {len(unfit)} unreadable images ({named})")
+        animated = decoded.animated(start, count)
+        if animated:
+            progress.note(f"{self.path}: of {animated} animated images, the first frame is used")
         return images
 
     def _called(self, row: Mapping[str, Any], number: int) -> str:
@@ -150,7 +160,7 @@ class Folder(Dataset):
                 "columns": [columns.image, columns.label],
                 "classes": list(columns.classes),
                 "split": split,
-                "files": files_as_json(found.files, self._root),
+                "files": content_key(found.files, self._root, str(self.path)),
             },
             rows=Rows(encoded(found.table, columns.image, str(self.path)), columns.image),
             image_column=columns.image,
@@ -199,26 +209,53 @@ def own_rule(folder: Folder, like: DataRule) -> DataRule:
     )
 
 
+def _find(root: Path, path: Path) -> tuple[dict[str, _Found], str]:
+    """Returns the splits, and what messages call the place of their labels."""
+    if not root.exists():
+        raise DataError(f"there is no folder {path}; check the path.")
+    files = _parquet_files(root)
+    holding = [one for one in _folders(root) if _holds_images(one)] if root.is_dir() else []
+    if files and len(holding) < 2:
+        others = f" and {len(files) - 1} more" if files[1:] else ""
+        where = str(path) if root.is_file() else f"{path} ({files[0].name}{others})"
+        return _from_parquet(files, path, root), where
+    if files:
+        progress.note(
+            f"{path}: {len(files)} parquet files are ignored, as there are class folders "
+            f"({_listed(files, root)})"
+        )
+    return _from_images(root, path, holding), str(path)
+
+
 # --- class subfolders -----------------------------------------------------------------------------
 
 
-def _from_images(root: Path, path: Path) -> dict[str, _Found]:
+def _from_images(root: Path, path: Path, holding: Sequence[Path]) -> dict[str, _Found]:
     if not root.is_dir():
         raise DataError(f"{path} is neither a folder nor a parquet file; {_LAYOUT}.")
+    if len(holding) == 1 and holding[0].name.lower() in SPLITS:
+        only = holding[0].name
+        raise DataError(
+            f"{path} holds images in {only!r} only: a second split beside it is missing, such as "
+            f"test/; or put the class folders of {only!r} directly into {path}."
+        )
     parts = {SPLITS[one.name.lower()]: one for one in _folders(root) if one.name.lower() in SPLITS}
     if len(parts) < 2 or "train" not in parts:
-        return {"train": _class_table(root, path)}
-    for one in _folders(root):
-        if one not in parts.values() and next(_images(one), None) is not None:
+        parts = {"train": root}
+    else:
+        stray = next((one for one in holding if one not in parts.values()), None)
+        if stray is not None:
             raise DataError(
-                f"{path} holds images in {one.name!r} beside its splits {', '.join(parts)}; "
+                f"{path} holds images in {stray.name!r} beside its splits {', '.join(parts)}; "
                 "move them away."
             )
-    return {split: _class_table(one, path) for split, one in parts.items()}
+    found = {split: _class_table(one, path) for split, one in parts.items()}
+    _tell_what_is_passed_over(list(parts.values()), root, path)
+    return found
 
 
 def _class_table(root: Path, path: Path) -> _Found:
-    loose = next((one for one in sorted(root.iterdir()) if _is_image(one.name)), None)
+    loose = next((_named(one) for one in sorted(root.iterdir()) if _is_image(one.name)), None)
     if loose is not None:
         raise DataError(
             f"{path} holds images outside of class folders, such as {loose.name}; put each into "
@@ -236,14 +273,70 @@ def _class_table(root: Path, path: Path) -> _Found:
     )
 
 
+def _tell_what_is_passed_over(parts: Sequence[Path], root: Path, path: Path) -> None:
+    folders = [folder for part in parts for folder in _folders(part)]
+    empty = [folder for folder in folders if not _holds_images(folder)]
+    empty += [one for part in parts for one in sorted(part.iterdir()) if _leads_nowhere(one)]
+    if empty:
+        progress.note(f"{path}: {len(empty)} class folders hold no images ({_listed(empty, root)})")
+    links = [
+        Path(place, name)
+        for folder in folders
+        for place, inner, _ in _walk(folder)
+        for name in inner
+        if Path(place, name).is_symlink()
+    ]
+    if links:
+        progress.note(
+            f"{path}: {len(links)} links to folders inside of classes are not followed "
+            f"({_listed(links, root)})"
+        )
+
+
+def _leads_nowhere(one: Path) -> bool:
+    return one.is_symlink() and not one.exists() and not _is_hidden(one.name)
+
+
 def _folders(root: Path) -> list[Path]:
-    return sorted(one for one in root.iterdir() if one.is_dir() and not _is_hidden(one.name))
+    return sorted(
+        _named(one) for one in root.iterdir() if one.is_dir() and not _is_hidden(one.name)
+    )
 
 
 def _images(folder: Path) -> Iterator[Path]:
-    for place, inner, names in os.walk(folder):
+    for place, _, names in _walk(folder):
+        yield from (_named(Path(place, name)) for name in sorted(names) if _is_image(name))
+
+
+def _holds_images(folder: Path) -> bool:
+    return next(_images(folder), None) is not None
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Walks through a folder in sorted order, without what is hidden; links are not followed."""
+    for place, inner, names in os.walk(folder, onerror=_refuse):
         inner[:] = sorted(name for name in inner if not _is_hidden(name))
-        yield from (Path(place, name) for name in sorted(names) if _is_image(name))
+        yield place, inner, names
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise error
+
+
+def _named(path: Path) -> Path:
+    """Returns a path that can be written down."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"the name {str(path)!r} is not UTF-8; rename it.") from error
+    return path
+
+
+def _listed(paths: Sequence[Path], root: Path) -> str:
+    names = ", ".join(one.relative_to(root).as_posix() for one in paths[:5])
+    # What is passed over may have any name.
+    names = names.encode(errors="backslashreplace").decode()
+    return names + (", ..." if paths[5:] else "")
 
 
 def _is_image(name: str) -> bool:
@@ -261,21 +354,26 @@ def _parquet_files(root: Path) -> list[Path]:
     if root.is_file():
         return [root] if root.suffix == ".parquet" else []
     files = sorted(file for file in root.rglob("*.parquet") if file.is_file())
-    return [file for file in files if not any(map(_is_hidden, file.relative_to(root).parts))]
+    return [
+        _named(file) for file in files if not any(map(_is_hidden, file.relative_to(root).parts))
+    ]
 
 
-def _from_parquet(files: list[Path], path: Path) -> dict[str, _Found]:
+def _from_parquet(files: list[Path], path: Path, root: Path) -> dict[str, _Found]:
+    root = root if root.is_dir() else root.parent
     named = {file: _split_of(file) for file in files}
     splits = sorted({split for split in named.values() if split is not None}, reverse=True)
     if len(splits) < 2 or "train" not in splits:
-        return {"train": _Found(read_parquet(files, str(path)), files)}
+        return {"train": _Found(read_parquet(files, str(path), root), files)}
     stray = next((file for file, split in named.items() if split is None), None)
     if stray is not None:
         raise DataError(
             f"{path} holds {stray.name} beside its splits {', '.join(splits)}; move it away."
         )
     parts = {split: [file for file in files if named[file] == split] for split in splits}
-    return {split: _Found(read_parquet(part, str(path)), part) for split, part in parts.items()}
+    return {
+        split: _Found(read_parquet(part, str(path), root), part) for split, part in parts.items()
+    }
 
 
 def _split_of(file: Path) -> str | None:

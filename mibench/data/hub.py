@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mibench.data.base import Dataset, ImageSet
-from mibench.data.decoded import Decoded, Source, files_as_json
+from mibench.data.content import content_key
+from mibench.data.decoded import Decoded, Source
 from mibench.data.images import Decoder, UnfitImageError
 from mibench.data.tables import Rows, encoded, library, read_parquet
 from mibench.errors import DataError, UnavailableError
@@ -130,7 +131,7 @@ class HubDataset(Dataset):
                 "version": self.version,
                 "code": fingerprint(type(self)),
                 "split": split,
-                "files": files_as_json(files),
+                "files": content_key(files, None, self._where(split)),
             },
             rows=Rows(encoded(table, self.image_column, self._where(split)), self.image_column),
             image_column=self.image_column,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +19,11 @@ from mibench.errors import DataError
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 MOST_PIXELS = 89_000_000
 """A larger image may be a decompression bomb: small on disk, many gigabytes in memory."""
+_FRAMED = ("GIF", "PNG", "TIFF", "WEBP")  # a JPEG's further images are parts of the first
 _WIDE = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+
+# Our own error follows. For the whole process, since filters are not made for threads.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 class UnfitImageError(DataError):
@@ -47,10 +53,19 @@ class Decoder:
             UnfitImageError: it cannot be read, is too large, is made of floats, or has another
                 size than the exact one.
         """
+        image, _ = self.first_frame(encoded)
+        return image
+
+    def first_frame(self, encoded: bytes | Path) -> tuple[Tensor, bool]:
+        """Returns the image, and whether it is the first of several, as in an animation.
+
+        Raises:
+            UnfitImageError: as for a call.
+        """
         try:
             source = io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded
             with Image.open(source, formats=FORMATS) as image:
-                return self._square(image)
+                return self._square(image), _has_frames(image)
         except UnfitImageError:
             raise
         except UnidentifiedImageError as error:
@@ -76,6 +91,14 @@ class Decoder:
         if side != self.size:
             image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
+
+
+def _has_frames(image: Image.Image) -> bool:
+    if image.format in _FRAMED:
+        # The frame that is used was read already: what is wrong with others does not matter.
+        with contextlib.suppress(Exception):
+            return bool(getattr(image, "is_animated", False))
+    return False
 
 
 def _rgb(image: Image.Image) -> Image.Image:

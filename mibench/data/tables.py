@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mibench.data.content import content_key
 from mibench.errors import DataError
 
 RELEASED = 2**26
@@ -23,29 +24,41 @@ def library() -> Any:
     return datasets
 
 
-def read_parquet(files: Sequence[Path], where: str) -> Any:
+def read_parquet(files: Sequence[Path], where: str, root: Path | None = None) -> Any:
     """Opens parquet files as one table.
 
     Args:
         files: at least one.
         where: what messages call them.
+        root: see `content_key`.
 
     Raises:
-        DataError: a file is not whole, or they do not fit together.
+        DataError: a file is not whole, or they do not fit together; or the library's own copy of
+            them is not whole.
     """
+    import pyarrow.parquet
+
     datasets = library()
     try:
         # Its file names are patterns.
         names = [glob.escape(str(file)) for file in files]
-        return datasets.load_dataset(
-            "parquet",
-            data_files=names,
-        )["train"]
+        # By itself, the library finds its copy of a file by the path and the time of the last
+        # change, which another file may share. Its copy also follows the configuration's name.
+        name = content_key(files, root, where)[:16]
+        table = datasets.load_dataset("parquet", name=name, data_files=names)["train"]
+        rows = sum(pyarrow.parquet.read_metadata(file).num_rows for file in files)
     except Exception as error:
         reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
         raise DataError(
             f"{where} cannot be read ({reason}); copy {files[0].name} again."
         ) from error
+    if len(table) != rows:
+        copy = Path(table.cache_files[0]["filename"]).parent
+        raise DataError(
+            f"{where} holds {rows} images, but the copy of it in {copy} holds {len(table)}; "
+            "delete that folder and run again."
+        )
+    return table
 
 
 class Rows:

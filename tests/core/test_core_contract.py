@@ -68,6 +68,13 @@ class Shy(Honest):
         return (features + torch.randn_like(features),)
 
 
+class Liar(Honest):
+    """Sends the features and says that it sends nothing."""
+
+    def predict(self, images):
+        return (torch.zeros_like(self.client(images)),)
+
+
 class Broken(Honest):
     """Sends what is not a number."""
 
@@ -127,6 +134,7 @@ def test_the_order_of_a_batch_carries_nothing(make, labelled):
         (TwoShares, r"2 shares, but the defense declares 1"),
         (NoTuple, r"must return a tuple"),
         (Shy, r"must override predict\(\) and log_likelihood\(\)"),
+        (Liar, r"predict\(\) returns something else than it sends"),
         (Broken, r"not a number"),
     ],
 )

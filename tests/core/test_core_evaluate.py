@@ -5,6 +5,7 @@ import torch
 
 from mibench import progress
 from mibench.artifacts import ArtifactStore
+from mibench.assault import _worst_adversary
 from mibench.data.base import load_roles
 from mibench.deployment import fit
 from mibench.errors import InvalidParamsError, PluginError, ThreatModelError
@@ -432,3 +433,89 @@ def test_an_attack_leaves_the_model_as_it_is(shared, attack, monkeypatch):
         assert not defense.training
         for name, value in defense.state_dict().items():
             assert torch.equal(value, before[name]), name
+
+
+POST_HOC = """
+class PostHoc(Defense):
+    \"\"\"Noise on a finished model: the parameter changes the messages and no weight.\"\"\"
+
+    class Params(Defense.Params):
+        \"\"\"Strength.\"\"\"
+
+        sigma: float = 0.0
+
+    def predict(self, images):
+        return (self.client(images),)
+
+    def protect(self, images):
+        (clean,) = self.predict(images)
+        if self.training:
+            return (clean,)
+        return (clean + self.params.sigma * torch.randn_like(clean),)
+
+    def log_likelihood(self, shares, predicted):
+        return -(shares[0] - predicted[0]).flatten(1).square().sum(1) / (2 * self.params.sigma**2)
+"""
+
+
+def test_what_was_rebuilt_from_one_message_is_not_served_for_another(tmp_path, monkeypatch):
+    # The weights are the same, so they alone must not name what is learned against them.
+    monkeypatch.chdir(tmp_path)
+    name = plugin(tmp_path, "post_hoc", POST_HOC, base="defense") + ":PostHoc"
+    store = ArtifactStore(tmp_path / "cache")
+    quiet, loud = (run(job(name, defense_params={"sigma": sigma}), store) for sigma in (1e-3, 1e3))
+    assert not torch.equal(quiet.reconstructions, loud.reconstructions)
+    psnr = [result.record.scores[1].value for result in (quiet, loud)]
+    assert psnr[0] > psnr[1] + 1
+    # Nor is the undefended reference touched by it.
+    assert quiet.record.undefended == loud.record.undefended
+
+
+def test_images_other_than_the_protocols_are_named(shared):
+    meant = protocol().data.model_dump(mode="json")
+    meant["private"]["identity"] = "0" * 16
+    record = run(job(data=meant), shared).record
+    assert record.deviations == ["the images of the role 'private' are not those of the protocol"]
+    meant["private"]["identity"] = record.data.identities["private"]
+    assert run(job(data=meant), shared).record.deviations == []
+
+
+def test_a_record_says_alone_what_its_protocol_fixes(shared):
+    record = run(job(), shared).record
+    assert record.protocol.values == protocol().described()
+    assert record.protocol.values["backbone"]["split_point"] == "stem"
+
+
+TWO = """
+class Two(Defense):
+    \"\"\"One server gets the coarse image as it is, the other all of it under noise.\"\"\"
+
+    servers = 2
+
+    def __init__(self, split, params):
+        super().__init__(split, params)
+        self.scale = torch.nn.Parameter(torch.zeros(10))
+
+    def predict(self, images):
+        coarse = torch.nn.functional.avg_pool2d(images, 16)
+        return coarse.flatten(1), images[:, :, ::2, ::2].flatten(1)
+
+    def protect(self, images):
+        clean, fine = self.predict(images)
+        return clean, fine + 1.5 * torch.randn_like(fine)
+
+    def serve(self, index, share):
+        return self.scale.expand(len(share), 10)
+"""
+
+
+def test_screening_hears_every_transmission(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = plugin(tmp_path, "two", TWO, base="defense") + ":Two"
+    store, chosen = ArtifactStore(tmp_path / "cache"), []
+    for times in (1, 256):
+        what = job(name, adversary={"coalition": 1, "transmissions": times})
+        roles = load_roles(what.protocol.data, None, store.root)
+        adversary, _ = _worst_adversary(what, fit(what, roles, store, "cpu"), roles)
+        chosen.append(adversary.corrupted)
+    assert chosen == [(0,), (1,)]

@@ -80,7 +80,7 @@ def at(value, path):
 def others(value):
     """Values that differ, of the same type where there is one, the likeliest to be valid first."""
     if value is None:
-        return [0.5, [0.25, 0.75], 3]
+        return [0.5, [0.25, 0.75], 3, "0123456789abcdef"]
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, int | float):
@@ -288,6 +288,39 @@ def test_a_strength_other_than_that_of_the_roles_is_refused(declared, found):
 def test_only_the_attacker_has_another_dataset(role):
     with pytest.raises(InvalidParamsError, match=f"{role!r} comes from the protocol's own"):
         made(edited(OTHER | {("data", role, "dataset"): "cifar100"}))
+
+
+@pytest.mark.parametrize(("own", "other"), [("cifar10", "cifar10"), ("./mine", "./mine/../mine/")])
+def test_another_dataset_is_not_the_same_one_by_another_spelling(own, other):
+    edits = {("data", "dataset"): own}
+    edits |= {("data", role, "dataset"): other for role in ("auxiliary", "validation")}
+    with pytest.raises(InvalidParamsError, match="names the protocol's own dataset"):
+        made(edited(OTHER | edits))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("data", "train", "split"), "[t]rain", "of the form"),
+        (("data", "train", "start"), 10**24, "< "),
+        (("data", "private", "identity"), "all of them", "of the form"),
+        (("data", "image_size"), 10**6, "<= 2048"),
+        (("recipe", "crop"), 32, "images have 32 pixels"),
+        (("threads",), 10**9, "<= 1024"),
+    ],
+)
+def test_a_value_that_could_only_fail_later_is_refused_at_once(path, value, words):
+    with pytest.raises(InvalidParamsError) as caught:
+        made(edited({path: value}))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_ssim_needs_images_as_large_as_its_window():
+    small = {("data", "image_size"): 8, ("recipe", "crop"): 0}
+    with pytest.raises(InvalidParamsError, match="ssim needs images of 11 pixels"):
+        made(edited(small | {("metrics",): {"ssim": 1}}))
+    assert made(edited(small | {("metrics",): {"psnr": 1}})).data.image_size == 8
 
 
 @pytest.mark.parametrize("role", ["auxiliary", "validation"])

@@ -1,5 +1,8 @@
 """A user's own folder: its classes, its splits, its roles, and one line for what is wrong."""
 
+import os
+import sys
+
 import datasets
 import numpy as np
 import pyarrow as pa
@@ -139,6 +142,136 @@ def test_a_file_that_changes_is_read_anew(root, fill, draw, png):
     opened(root).load("train", 0, 2)
     (root / "a" / "0000.png").write_bytes(png(draw(5, SIZE)) + b" ")
     assert_holds(opened(root).load("train", 0, 2), [5, 1], [0, 1], draw)
+
+
+def test_folders_that_look_alike_from_outside_are_told_apart(root, fill, draw, png, tmp_path):
+    # Same names, sizes and times: only the content differs.
+    for place, numbers in ((root, (0, 1)), (tmp_path / "other", (2, 3))):
+        for name, number in zip("ab", numbers, strict=True):
+            (place / name).mkdir(parents=True)
+            file = place / name / "0.bmp"
+            file.write_bytes(png(draw(number, SIZE), "BMP"))
+            os.utime(file, (1, 1))
+        assert_holds(opened(place).load("train", 0, 2), numbers, [0, 1], draw)
+
+
+def test_files_that_change_places_change_labels(root, draw, png):
+    files = []
+    for name, number in (("a", 0), ("b", 1)):
+        (root / name).mkdir()
+        files.append(root / name / "0.bmp")
+        files[-1].write_bytes(png(draw(number, SIZE), "BMP"))
+        os.utime(files[-1], (1, 1))
+    opened(root).load("train", 0, 2)
+    files[0].rename(root / "kept")
+    files[1].rename(files[0])
+    (root / "kept").rename(files[1])
+    assert_holds(opened(root).load("train", 0, 2), [1, 0], [0, 1], draw)
+
+
+def test_touched_files_are_not_decoded_again(root, fill, tmp_path):
+    fill(root / "a", [0])
+    fill(root / "b", [1])
+    opened(root).load("train", 0, 2)
+    os.utime(root / "a" / "0000.png", (1, 1))
+    opened(root).load("train", 0, 2)
+    assert len(list((tmp_path / "cache" / "images").iterdir())) == 1
+
+
+def test_links_that_lead_nowhere_are_unreadable_images(root, fill, shown):
+    fill(root / "a", range(150))
+    fill(root / "b", range(150, 300))
+    (root / "a" / "gone.png").symlink_to(root / "nothing.png")
+    assert len(opened(root).load("train", 0, 301)) == 300
+    assert len(shown) == 1
+    assert "1 unreadable images (a/gone.png)" in shown[0]
+    for name in ("lost.png", "missing.png", "away.png"):
+        (root / "b" / name).symlink_to(root / "nothing.png")
+    refused(root, "4 of 304", "a/gone.png", "b/lost.png")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are Unicode elsewhere")
+@pytest.mark.parametrize("place", ["", "a", "c/x\udce9.png", "c\udce9/x.png", "c/d\udce9/x.png",
+                                   "\udce9.png", "x\udce9.parquet"])  # fmt: skip
+def test_names_that_are_not_utf8(root, fill, place):
+    for name in "abc":
+        fill(root / name, range(3))
+    if place == "":
+        root = root.rename(root.with_name("my\udce9"))
+    elif place == "a":
+        root = root.rename(root.with_name("mine"))
+        (root.parent / "\udce9").mkdir()
+        root = root.rename(root.parent / "\udce9" / "mine")
+    else:
+        (root / place).parent.mkdir(exist_ok=True)
+        (root / "c" / "0000.png").rename(root / place)
+    refused(root, "\\udce9", "not UTF-8", "rename")
+    with pytest.raises(DataError) as caught:
+        opened(root)
+    str(caught.value).encode()  # so that it can be printed
+
+
+@pytest.mark.parametrize("path", ["~nosuchuser/pics", "./" + "a" * 300, "./a\0b"])
+def test_a_path_that_cannot_be(path, tmp_path):
+    with pytest.raises(DataError, match="no such user|cannot be read|check the path") as caught:
+        open_dataset(path, SIZE, None, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_passed_over_is_told(root, fill, draw, png, shown, tmp_path):
+    for split in ("train", "test"):
+        for name in "ab":
+            fill(root / split / name, range(3))
+    fill(tmp_path / "elsewhere", [7, 8])
+    (root / "train" / "none").mkdir()
+    (root / "test" / "lost").symlink_to(tmp_path / "nowhere")
+    for name in ("one", "two\udce9"):
+        (root / "train" / "a" / name).symlink_to(tmp_path / "elsewhere")
+    frames = [Image.fromarray(draw(number, SIZE)) for number in (1, 2)]
+    film = png(frames[0], "PNG", save_all=True, append_images=frames[1:])
+    (root / "train" / "b" / "film.png").write_bytes(film)
+    found = opened(root)
+    assert found.size("train") == 7
+    for _ in range(2):  # decoded, and from the cache
+        shown_before = len(shown)
+        opened(root).load("train", 0, 7)
+        notes = shown[shown_before:]
+        assert len(notes) == 3
+        assert "2 class folders hold no images (train/none, test/lost)" in notes[0]
+        assert "2 links to folders" in notes[1]
+        assert "train/a/one, train/a/two\\udce9" in notes[1]
+        assert "of 1 animated images, the first frame is used" in notes[2]
+
+
+def test_a_linked_class_folder_is_read(root, fill, draw, shown, tmp_path):
+    fill(root / "a", [0])
+    fill(tmp_path / "elsewhere", [7])
+    (root / "b").symlink_to(tmp_path / "elsewhere")
+    assert_holds(opened(root).load("train", 0, 2), [0, 7], [0, 1], draw)
+    assert not shown
+
+
+def test_a_parquet_file_beside_class_folders_is_ignored(root, fill, parquet, draw, shown):
+    fill(root / "a", [0])
+    fill(root / "b", [1])
+    parquet(root / "meta.parquet", [5, 6], label=[0, 1])
+    assert_holds(opened(root).load("train", 0, 2), [0, 1], [0, 1], draw)
+    assert len(shown) == 1
+    assert "1 parquet files are ignored" in shown[0]
+    assert "meta.parquet" in shown[0]
+
+
+def test_a_parquet_file_that_does_not_fit_is_named(root, fill, parquet):
+    fill(root / "a", [0])
+    parquet(root / "meta.parquet", [5, 6])
+    refused(root, "meta.parquet", "no labels")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_one_split_without_another(root, fill, split):
+    fill(root / split / "a", [0])
+    fill(root / split / "b", [1])
+    refused(root, f"'{split}' only", "second split", "test/", "class folders")
 
 
 def test_a_few_unreadable_images_are_left_out_and_named(root, fill, draw, shown):

@@ -1,5 +1,6 @@
 """Datasets in the hub's layout, from a folder: in order, whole, and refused in one line if not."""
 
+import io
 import os
 from pathlib import Path
 
@@ -72,6 +73,46 @@ def test_a_replaced_file_is_read_anew(root):
     write(path, range(20, 24))
     os.utime(path, (1, 1))
     assert_holds(load(root), range(20, 24))
+
+
+def test_a_replaced_file_of_the_same_size_and_time_is_read_anew(root):
+    path = root / "cifar10" / "train-00000-of-00001.parquet"
+    for cells in ([0, 1], [2, 3]):
+        raw(path, [{"bytes": bmp(number), "path": None} for number in cells])
+        os.utime(path, (1, 1))
+        images = load(root, count=2)
+        assert [image.permute(1, 2, 0).tolist() for image in images.raw()] == [
+            pixels(number).tolist() for number in cells
+        ]
+
+
+def bmp(number):
+    """A file whose length does not depend on what it shows."""
+    data = io.BytesIO()
+    Image.fromarray(pixels(number)).save(data, "BMP")
+    return data.getvalue()
+
+
+def test_touched_files_are_not_decoded_again(root):
+    path = root / "cifar10" / "train-00000-of-00001.parquet"
+    write(path, range(4))
+    load(root)
+    os.utime(path, (1, 1))
+    assert_holds(load(root), range(4))
+    assert len(list((root.parent / "cache" / "images").iterdir())) == 1
+
+
+def test_a_copy_of_the_library_that_lacks_rows_is_refused(root):
+    path = root / "cifar10" / "train-00000-of-00001.parquet"
+    write(path, range(6))
+    load(root)
+    [copy] = datasets.config.HF_DATASETS_CACHE.rglob("*.arrow")
+    whole = datasets.Dataset.from_file(str(copy)).data.table.slice(0, 4)
+    # As a map of the old one is open, a new file takes its place.
+    with pa.OSFile(f"{copy}.new", "wb") as file, pa.ipc.new_stream(file, whole.schema) as writer:
+        writer.write_table(whole)
+    os.replace(f"{copy}.new", copy)
+    refused(root, "holds 6 images", "holds 4", str(copy.parent), "delete that folder")
 
 
 def test_grey_images_become_three_equal_channels(root):
@@ -315,4 +356,3 @@ def test_the_others(tmp_path, dataset, folder, split, size):
         dataset is not CelebA
     ) else [name for name in schema if name not in ("image", "celeb_id")]  # fmt: skip
     assert tuple(own) == dataset.task.names
-    images.verify()

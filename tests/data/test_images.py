@@ -1,6 +1,7 @@
 """Any image file becomes a square of bytes, or is refused in words."""
 
-import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -148,9 +149,38 @@ def test_floats_are_refused(png):
 @pytest.mark.parametrize("side", [10_000, 40_000])
 def test_a_decompression_bomb(side):
     # A file of a hundred bytes or so that says it is huge: nothing of that size is ever made.
-    buffer = io.BytesIO()
-    buffer.write(f"P4 {side} {side}\n".encode())
-    refused(buffer.getvalue(), "too large|exceeds limit")
+    refused(f"P4 {side} {side}\n".encode(), "too large|exceeds limit")
+
+
+def test_pillow_does_not_warn_of_what_is_refused():
+    # Elsewhere, as pytest has filters of its own.
+    lines = (
+        "from mibench.data.images import Decoder, UnfitImageError",
+        "try: Decoder(8)(b'P4 10000 10000\\n')",
+        "except UnfitImageError as error: print(error)",
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True
+    )
+    assert "too large" in run.stdout
+    assert run.stderr == ""
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "TIFF", "WEBP"])
+def test_of_several_frames_the_first_is_used(kind, png):
+    first, second = (Image.new("RGB", (SIZE, SIZE), (shade,) * 3) for shade in (200, 20))
+    how = {"lossless": True} if kind == "WEBP" else {}
+    film = png(first, kind, save_all=True, append_images=[second], **how)
+    for data, several in ((film, True), (png(first, kind, **how), False)):
+        image, found = Decoder(SIZE).first_frame(data)
+        assert found is several
+        assert image.unique().tolist() == [200]
+
+
+def test_a_second_frame_that_is_cut_off_does_not_matter(draw, png):
+    frames = [Image.fromarray(draw(number, SIZE)) for number in (1, 2)]
+    film = png(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert np.array_equal(decode(film[:-150]), decode(film))
 
 
 def test_postscript_is_never_run():

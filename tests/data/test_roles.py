@@ -5,7 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mibench.data.base import Dataset, ImageSet, load_roles, role_images, stack
+from mibench.data.base import (
+    Dataset,
+    ImageSet,
+    Selected,
+    digest,
+    load_roles,
+    role_images,
+    stack,
+)
 from mibench.errors import DataError
 from mibench.protocol import DataRule, RoleRule
 from mibench.registry import datasets
@@ -17,6 +25,7 @@ PLACES = {"train": 0, "auxiliary": 100, "validation": 200, "private": 300}
 class Numbered(Dataset):
     """Image i shows the number i, but a table can say otherwise."""
 
+    name = "numbered"
     task = Classification(("a", "b"))
     instead: dict[int, int]
 
@@ -73,7 +82,7 @@ def test_a_few_copies_are_left_out_of_the_other_role(cut, shown):
     assert numbers(roles.train) == [n for n in range(2000) if n not in copies]
     assert roles.train.labels.tolist() == [n % 2 for n in range(2000) if n not in copies]
     assert len(roles.private) == len(roles.auxiliary) == 2000
-    assert shown == ["left out of train: 10 images that are private ones as well"]
+    assert shown == ["left out of train: 10 images that another role holds as well"]
 
 
 def test_more_copies_are_refused(cut):
@@ -126,6 +135,66 @@ def test_images_that_are_added_move_no_others(count, more, data):
 def test_a_role_by_hash_that_stays_empty(cut, monkeypatch):
     monkeypatch.setattr(Numbered, "length", 3)
     with pytest.raises(DataError, match="too few"):
+        hashed(cut)
+
+
+def test_training_images_may_be_auxiliary_ones_only_if_the_protocol_says_so(cut):
+    with pytest.raises(DataError, match="'auxiliary' are also in the role 'train'"):
+        cut({100 + k: k for k in range(10)})
+    roles = cut(auxiliary=RoleRule(split="s", start=0, count=5))
+    assert numbers(roles.auxiliary) == numbers(roles.train)[:5]
+    assert roles.left_out == {}
+
+
+def test_only_images_that_differ_are_attacked(cut):
+    # A copy of an attacked image would be its own control.
+    start = PLACES["private"]
+    roles = cut({start + 1: start, start + 3: start + 2}, attacked=4)
+    assert numbers(roles.attacked) == [start, start + 2, start + 4, start + 5]
+    assert roles.chosen.tolist() == [0, 2, 4, 5]
+    assert len(roles.private) == 10
+    with pytest.raises(DataError, match="only 8 that differ"):
+        cut({start + 1: start, start + 3: start + 2}, attacked=9)
+
+
+def stored(count=6):
+    draws = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (count, 3, 4, 4), generator=draws, dtype=torch.uint8)
+    digests = torch.stack(
+        [torch.tensor(list(digest(image)), dtype=torch.uint8) for image in pixels]
+    )
+    return pixels, digests
+
+
+def test_chosen_images_lead_to_no_others():
+    pixels, digests = stored()
+    rows = torch.tensor([4, 1, 3])
+    images = ImageSet(Selected(pixels, rows, digests[rows]), torch.arange(3), digests[rows])
+    assert images.pixels.shape == (3, 3, 4, 4)
+    assert torch.equal(images.raw(), pixels[rows])
+    part = images.at(torch.tensor([2, 0]))
+    assert torch.equal(part.raw(), pixels[[3, 4]])
+    assert part.hashes() == [images.hashes()[2], images.hashes()[0]]
+    for one in (images, part):
+        with pytest.raises(IndexError):
+            one.raw(torch.tensor([len(one)]))
+        public = [name for name in dir(one.pixels) if not name.startswith("_")]
+        assert public == ["at", "shape"]
+
+
+def test_an_image_that_was_damaged_on_disk_is_not_used():
+    pixels, digests = stored()
+    images = ImageSet(Selected(pixels, torch.arange(6), digests), torch.arange(6), digests)
+    images.raw(slice(0, 2))
+    pixels[4, 0, 0, 0] ^= 1
+    images.raw(slice(0, 4))
+    with pytest.raises(DataError, match="damaged"):
+        images.raw(torch.tensor([5, 4]))
+
+
+def test_a_role_by_hash_of_an_endless_set_is_refused(cut, monkeypatch):
+    monkeypatch.setattr(Numbered, "length", 2**32)
+    with pytest.raises(DataError, match="too many to choose a role by their hashes"):
         hashed(cut)
 
 

@@ -241,12 +241,3 @@ def test_no_file_names_a_private_path_or_a_registry_host():
             continue
         found += [f"{path}:{n}" for n, line in enumerate(lines, 1) if forbidden.search(line)]
     assert not found
-
-
-def test_the_page_on_protocols_states_the_sizes_in_force():
-    text = (ROOT / "docs" / "protocols.md").read_text(encoding="utf-8")
-    section = " ".join(text.partition("## cifar10-lite-v1")[2].partition("\n## ")[0].split())
-    data = load_protocol("cifar10-lite-v1").data
-    for role in (data.train, data.auxiliary, data.validation, data.private):
-        assert f"{role.count:,}" in section
-    assert f"the first {data.attacked} are attacked" in section
