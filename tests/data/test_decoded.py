@@ -224,7 +224,7 @@ def test_unfit_rows_are_left_out_and_named(source, encoded_images, tmp_path, str
         assert unfit == [3, 11]
         assert "unreadable" in reason
         assert len(images) == len(images.labels) == len(images.hashes()) == 10
-        assert torch.equal(images.raw(torch.tensor([1])), images.pixels[torch.tensor([4])])
+        assert torch.equal(images.raw(torch.tensor([1]))[0], Decoder(SIZE)(encoded_images[4]))
         assert found.load(4, 4)[1] == []
 
 

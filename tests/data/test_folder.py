@@ -213,7 +213,7 @@ def test_names_that_are_not_utf8(root, fill, place):
 
 @pytest.mark.parametrize("path", ["~nosuchuser/pics", "./" + "a" * 300, "./a\0b"])
 def test_a_path_that_cannot_be(path, tmp_path):
-    with pytest.raises(DataError, match="no such user|cannot be read|check the path") as caught:
+    with pytest.raises(DataError, match="check the path") as caught:
         open_dataset(path, SIZE, None, tmp_path)
     assert "\n" not in str(caught.value)
 

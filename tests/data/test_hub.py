@@ -111,7 +111,7 @@ def test_a_copy_of_the_library_that_lacks_rows_is_refused(root):
     # As a map of the old one is open, a new file takes its place.
     with pa.OSFile(f"{copy}.new", "wb") as file, pa.ipc.new_stream(file, whole.schema) as writer:
         writer.write_table(whole)
-    os.replace(f"{copy}.new", copy)
+    copy.with_name(f"{copy.name}.new").replace(copy)
     refused(root, "holds 6 images", "holds 4", str(copy.parent), "delete that folder")
 
 
