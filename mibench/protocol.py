@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import Field, JsonValue, model_validator
 
 from mibench.errors import InvalidParamsError, UnknownNameError
-from mibench.files import Json, canonical_json, content_id
+from mibench.files import canonical_json, content_id
 from mibench.params import Parameters, build, parse_yaml
 from mibench.suggest import unknown
 from mibench.threat import Knowledge
