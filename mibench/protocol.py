@@ -117,6 +117,17 @@ class DataRule(Parameters):
             raise ValueError(f"attacked is {self.attacked}, above the {self.private.count} private")
         return self
 
+    def of(self, dataset: str) -> DataRule:
+        """Returns the same roles of another dataset.
+
+        Raises:
+            InvalidParamsError: a role comes from that dataset already.
+        """
+        values = self.model_dump(mode="json") | {"dataset": dataset}
+        for role in ROLES:
+            values[role]["identity"] = None  # other images are meant now
+        return build(DataRule, values, f"data of {dataset}")
+
     @property
     def strength(self) -> Auxiliary:
         """What the attacker's images have to do with the training images."""

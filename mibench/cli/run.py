@@ -227,44 +227,30 @@ def _with_data(
     from mibench.artifacts import ArtifactStore
     from mibench.cli.display import shown
     from mibench.cli.terminal import console
-    from mibench.data.base import open_dataset, role_images
+    from mibench.data.base import open_dataset
     from mibench.data.folder import Folder, own_rule
     from mibench.data.part import fitted
     from mibench.errors import DataError, InvalidParamsError
-    from mibench.params import build
-    from mibench.protocol import ROLES, DataRule, RoleRule, is_folder
+    from mibench.protocol import is_folder
 
-    cache, rule = ArtifactStore().root, protocol.data
-    if dataset is not None and is_folder(dataset) and protocol.adversary.auxiliary != "disjoint":
-        raise InvalidParamsError(
-            f"{protocol.id} gives the attacker images of the kind "
-            f"{protocol.adversary.auxiliary!r}, and a folder of your own has no rule for that; "
-            "write the roles into a protocol of your own"
-        )
     if data_root is not None and not data_root.is_dir():
         raise DataError(f"--data-root: there is no folder {data_root}")
+    cache, rule = ArtifactStore().root, protocol.data
     with shown(console()):
         if dataset is not None and is_folder(dataset):
-            folder = Folder(Path(dataset), rule.image_size, cache)
-            values = own_rule(folder, rule).model_dump(mode="json")
-            for role in ROLES:
-                # So that the protocol's content follows the images and not their place.
-                values[role]["identity"] = role_images(
-                    folder, build(RoleRule, values[role], role)
-                ).identity
-            return protocol.on(build(DataRule, values, f"--dataset {dataset}"))
-        if dataset is not None:
+            if protocol.adversary.auxiliary != "disjoint":
+                raise InvalidParamsError(
+                    f"{protocol.id} gives the attacker images of the kind "
+                    f"{protocol.adversary.auxiliary!r}, and a folder of your own has no rule for "
+                    "that; write the roles into a protocol of your own"
+                )
+            rule = own_rule(Folder(Path(dataset), rule.image_size, cache), rule)
+        elif dataset is not None and dataset != rule.dataset:
             open_dataset(dataset, rule.image_size, data_root, cache)
-            values = rule.model_dump(mode="json") | {"dataset": dataset}
-            rule = build(DataRule, values, f"--dataset {dataset}")
+            rule = rule.of(dataset)
         if part:
             rule = fitted(rule, data_root, cache)
-    if rule == protocol.data:
-        return protocol
-    values = rule.model_dump(mode="json")
-    for role in ROLES:
-        values[role]["identity"] = None  # other images are meant now
-    return protocol.on(build(DataRule, values, protocol.id))
+    return protocol if rule == protocol.data else protocol.on(rule)
 
 
 def _print_plan(console: Console, job: Job, record: Record, folder: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NoReturn
 import torch
 
 from mibench import progress
-from mibench.data.base import Dataset, ImageSet, role_images
+from mibench.data.base import Dataset, ImageSet, load_roles, role_images
 from mibench.data.columns import find_columns
 from mibench.data.content import content_key
 from mibench.data.decoded import Decoded, Source
@@ -196,17 +196,24 @@ def own_rule(folder: Folder, like: DataRule) -> DataRule:
     else:
         roles = {"train": role(0, 0.5), "auxiliary": role(0.5, 0.8), "validation": role(0.8, 0.85)}
         roles["private"] = role(0.85, 1)
-    private = len(role_images(folder, roles["private"]))
+    private = len(set(role_images(folder, roles["private"]).hashes()))
     if private < 2:
         raise DataError(
             f"{folder.path} has too few images: one would be private; give a larger folder."
         )
-    return DataRule(
+    rule = DataRule(
         dataset=name if is_folder(name) else f"./{name}",
         image_size=like.image_size,
         attacked=min(like.attacked, private),
         **roles,
     )
+    # So that the content of a protocol follows the images and not their place.
+    found = load_roles(rule, None, folder.cache)
+    pinned = {
+        role: one.model_copy(update={"identity": getattr(found, role).identity})
+        for role, one in roles.items()
+    }
+    return rule.model_copy(update=pinned)
 
 
 def _find(root: Path, path: Path) -> tuple[dict[str, _Found], str]:

@@ -472,6 +472,28 @@ def test_a_folder_in_the_working_directory(root, fill, monkeypatch):
     assert isinstance(open_dataset(rule.dataset, SIZE, None, root.parent / "cache"), Folder)
 
 
+def test_the_rule_names_the_images_that_are_meant(root, fill, tmp_path):
+    for place, part in (("a", range(60)), ("b", range(60, 120))):
+        fill(root / place, part)
+    rule = own_rule(opened(root), LIKE)
+    roles = load_roles(rule, None, tmp_path / "cache")
+    names = ("train", "auxiliary", "validation", "private")
+    assert all(getattr(rule, name).identity == getattr(roles, name).identity for name in names)
+    assert own_rule(opened(root), LIKE) == rule
+    fill(root / "a", range(500, 510))
+    assert own_rule(opened(root), LIKE) != rule
+
+
+def test_copies_among_the_private_images_are_attacked_once(root, fill):
+    for place, part in (("a", range(20)), ("b", range(20, 40))):
+        fill(root / "train" / place, part)
+    fill(root / "test" / "a", [100, 101, 102])
+    for path in sorted((root / "test" / "a").iterdir()):
+        (path.parent / f"again-{path.name}").write_bytes(path.read_bytes())
+    fill(root / "test" / "b", [103])
+    assert own_rule(opened(root), LIKE).attacked == 4
+
+
 def test_too_few_images_for_roles(root, fill):
     fill(root / "train" / "a", range(5))
     fill(root / "train" / "b", range(5, 9))
