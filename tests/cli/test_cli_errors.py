@@ -94,7 +94,7 @@ def test_cuda_where_there_is_none(refused):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"metrics": ["psnr", "sim"]}, "did you mean 'ssim'"),
+        ({"metrics": {"psnr": 1, "sim": 1}}, "did you mean 'ssim'"),
         ({"tittle": "x"}, "did you mean 'title'"),
         ({"data": PHOTOS | {"dataset": "cifar"}}, "cifar10"),
         ({"adversary": {"knowledge": "data_only"}}, "needs white_box"),
@@ -231,7 +231,7 @@ def _leak(folder):
         (_truncate, "cannot be read"),
         (_shrink, "16x16 pixels, but the protocol says 32x32"),
         (_shorten, "holds 5 images"),
-        (_spoil, "unreadable image"),
+        (_spoil, "image 3 is unreadable"),
         (_mislabel, "has the label 10"),
         (_number, "holds no images"),
         (_leak, "also in the role"),
