@@ -15,7 +15,8 @@ from mibench.artifacts import ArtifactStore, Checkpoint
 from mibench.attacks.base import Attack, Workshop
 from mibench.attacks.ridge import ridge_error, shrink
 from mibench.controls import permute
-from mibench.data.base import ImageSet, Roles
+from mibench.data.roles import Roles
+from mibench.data.sets import ImageSet
 from mibench.defenses.base import Shares
 from mibench.deployment import Deployed
 from mibench.errors import PluginError, blaming

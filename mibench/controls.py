@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mibench.data.base import ImageSet
+from mibench.data.sets import ImageSet
 from mibench.defenses.base import Shares
 from mibench.scoring import Scores, score
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from mibench import progress, seeding
 from mibench.artifacts import ArtifactStore, Checkpoint
 from mibench.backbones.base import BackboneSpec
-from mibench.data.base import Roles
+from mibench.data.roles import Roles
 from mibench.defenses.base import Defense, Facts
 from mibench.errors import PluginError, blaming
 from mibench.files import Json, canonical_json, content_id

@@ -17,7 +17,8 @@ from mibench.artifacts import ArtifactStore
 from mibench.assault import attack
 from mibench.attacks.base import Attack
 from mibench.controls import best_guess, blind_guesses
-from mibench.data.base import ImageSet, Roles, load_roles
+from mibench.data.roles import Roles, load_roles
+from mibench.data.sets import ImageSet
 from mibench.defenses.base import Defense
 from mibench.deployment import fit
 from mibench.errors import InvalidParamsError

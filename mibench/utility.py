@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mibench import seeding
-from mibench.data.base import ImageSet
+from mibench.data.sets import ImageSet
 from mibench.defenses.base import Defense, Shares
 from mibench.errors import blaming
 from mibench.metrics.cost import bytes_on_wire, client_cost, count_parameters

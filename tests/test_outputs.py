@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from mibench import gallery, outputs
-from mibench.data.base import ImageSet
+from mibench.data.sets import ImageSet
 from mibench.errors import StorageError
 from mibench.evaluate import Result, manifest_text
 from mibench.record import Component, ProtocolId, Record, Score, read_record

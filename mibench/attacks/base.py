@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mibench import progress
 from mibench.artifacts import Artifact, ArtifactStore, Checkpoint
-from mibench.data.base import ImageSet
+from mibench.data.sets import ImageSet
 from mibench.defenses.base import Shares
 from mibench.files import Json
 from mibench.params import Parameters

@@ -14,7 +14,7 @@ from mibench.artifacts import Checkpoint
 from mibench.attacks.base import Attack, Workshop
 from mibench.attacks.budget import images_at_once
 from mibench.attacks.inverse import InverseNetwork
-from mibench.data.base import ImageSet
+from mibench.data.sets import ImageSet
 from mibench.defenses.base import Shares
 from mibench.files import Json
 from mibench.protocol import Recipe

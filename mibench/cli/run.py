@@ -203,7 +203,7 @@ def _check_names(
 def _check_components(job: Job, device: str) -> Record:
     """Everything else that can be checked before anything is trained."""
     from mibench.artifacts import ArtifactStore
-    from mibench.data.base import open_dataset
+    from mibench.data.roles import open_dataset
     from mibench.deployment import build_defense
     from mibench.evaluate import open_record
 
@@ -227,9 +227,9 @@ def _with_data(
     from mibench.artifacts import ArtifactStore
     from mibench.cli.display import shown
     from mibench.cli.terminal import console
-    from mibench.data.base import open_dataset
-    from mibench.data.folder import Folder, own_rule
-    from mibench.data.part import fitted
+    from mibench.data.folder import Folder
+    from mibench.data.roles import open_dataset
+    from mibench.data.rules import fitted, own_rule
     from mibench.errors import DataError, InvalidParamsError
     from mibench.protocol import is_folder
 

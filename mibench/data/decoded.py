@@ -30,8 +30,8 @@ from safetensors import numpy as safetensors_numpy
 from torch import Tensor
 
 from mibench import progress
-from mibench.data.base import ImageSet, Selected, digest
 from mibench.data.images import Decoder, UnfitImageError
+from mibench.data.sets import ImageSet, Selected, digest
 from mibench.data.tables import Rows
 from mibench.errors import DataError, InvalidParamsError
 from mibench.files import Json, content_id, ensure_writable, storage_error, write_atomically
@@ -136,7 +136,7 @@ class _Shard:
 
 
 class Decoded:
-    """The images of a split, read like a tensor (rows, 3, S, S); see `mibench.data.base.Pixels`.
+    """The images of a split, read like a tensor (rows, 3, S, S); see `mibench.data.sets.Pixels`.
 
     Args:
         source: the split.

@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mibench.data.base import Dataset, ImageSet
+from mibench.data.base import Dataset
 from mibench.data.content import content_key
 from mibench.data.decoded import Decoded, Source
 from mibench.data.images import Decoder, UnfitImageError
+from mibench.data.sets import ImageSet
 from mibench.data.tables import Rows, encoded, library, read_parquet
 from mibench.errors import DataError, UnavailableError
 from mibench.registry import fingerprint

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from mibench import progress
-from mibench.data.base import Dataset, ImageSet
+from mibench.data.base import Dataset
+from mibench.data.sets import ImageSet
 from mibench.errors import DataError
 from mibench.registry import datasets
 from mibench.task import Classification

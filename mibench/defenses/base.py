@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mibench import seeding
 from mibench.artifacts import Checkpoint
 from mibench.backbones.base import Split
-from mibench.data.base import ImageSet
+from mibench.data.sets import ImageSet
 from mibench.errors import PluginError
 from mibench.files import Json
 from mibench.params import Parameters

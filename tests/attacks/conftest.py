@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from mibench.artifacts import ArtifactStore
 from mibench.attacks.base import Workshop
-from mibench.data.base import ImageSet
+from mibench.data.sets import ImageSet
 from mibench.defenses.base import Defense
 from mibench.registry import defenses
 from mibench.task import Classification

@@ -11,7 +11,7 @@ from mibench.attacks import budget
 from mibench.attacks import decoder as module
 from mibench.attacks.decoder import Decoder
 from mibench.attacks.inverse import InverseNetwork, Placement, TokenEntry
-from mibench.data.base import ImageSet
+from mibench.data.sets import ImageSet
 from mibench.errors import ThreatModelError
 from mibench.threat import Knowledge
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mibench.backbones.base import BackboneSpec
-from mibench.data.base import ImageSet
+from mibench.data.sets import ImageSet
 from mibench.defenses.base import Defense
 from mibench.deployment import check_contract
 from mibench.errors import PluginError

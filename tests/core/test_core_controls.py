@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mibench.controls import blind_guesses, permute
-from mibench.data.base import ImageSet
+from mibench.data.sets import ImageSet
 
 
 def pictures(count, seed=0):

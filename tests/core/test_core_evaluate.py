@@ -6,7 +6,7 @@ import torch
 from mibench import progress
 from mibench.artifacts import ArtifactStore
 from mibench.assault import _worst_adversary
-from mibench.data.base import load_roles
+from mibench.data.roles import load_roles
 from mibench.deployment import fit
 from mibench.errors import InvalidParamsError, PluginError, ThreatModelError
 from mibench.evaluate import evaluate, open_record

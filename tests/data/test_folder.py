@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mibench.data.base import load_roles, open_dataset
-from mibench.data.folder import Folder, own_rule
+from mibench.data.folder import Folder
+from mibench.data.roles import load_roles, open_dataset
+from mibench.data.rules import own_rule
 from mibench.errors import DataError
 from mibench.protocol import DataRule, RoleRule
 

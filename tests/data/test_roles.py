@@ -5,15 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mibench.data.base import (
-    Dataset,
-    ImageSet,
-    Selected,
-    digest,
-    load_roles,
-    role_images,
-    stack,
-)
+from mibench.data.base import Dataset
+from mibench.data.roles import load_roles, role_images
+from mibench.data.sets import ImageSet, Selected, digest, stack
 from mibench.errors import DataError
 from mibench.protocol import DataRule, RoleRule
 from mibench.registry import datasets

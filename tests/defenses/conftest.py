@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_splits import SHAPE, build_split
 
-from mibench.data.base import ImageSet
+from mibench.data.sets import ImageSet
 from mibench.registry import defenses
 from mibench.task import Classification
 

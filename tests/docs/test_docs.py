@@ -156,7 +156,7 @@ def test_every_learned_parameter_of_a_shown_defense_moves(component, tmp_path, p
 
     from mibench.artifacts import Checkpoint
     from mibench.backbones.base import BackboneSpec
-    from mibench.data.base import load_roles
+    from mibench.data.roles import load_roles
     from mibench.task import Classification
 
     ten = Classification(tuple("0123456789"))

@@ -16,7 +16,7 @@ from mibench.attacks.decoder import Decoder
 from mibench.attacks.diffusion.prior import Prior, PriorParams, get_prior
 from mibench.attacks.diffusion.sampler import SamplerParams, sample
 from mibench.attacks.tuning import best_weight
-from mibench.data.base import ImageSet
+from mibench.data.sets import ImageSet
 from mibench.defenses.base import Shares
 from mibench.files import Json
 from mibench.registry import attacks

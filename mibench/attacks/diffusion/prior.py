@@ -14,7 +14,7 @@ from mibench import seeding
 from mibench.artifacts import Checkpoint
 from mibench.attacks.base import Workshop
 from mibench.attacks.budget import images_at_once
-from mibench.data.base import ImageSet
+from mibench.data.sets import ImageSet
 from mibench.errors import InvalidParamsError, UnavailableError
 from mibench.files import Json
 from mibench.params import Parameters

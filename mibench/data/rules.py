@@ -1,14 +1,17 @@
-"""A protocol's roles on a part of its dataset, for trying things out; never ranked."""
+"""Roles for what is there: a part of the protocol's dataset, or a folder of one's own.
+
+Results under either are never ranked.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from mibench.data.base import Dataset, open_dataset, role_images
+from mibench.data.base import Dataset
+from mibench.data.folder import Folder
+from mibench.data.roles import load_roles, open_dataset, role_images
 from mibench.errors import DataError
-from mibench.protocol import DataRule, RoleRule
-
-ROLES = ("train", "auxiliary", "validation", "private")
+from mibench.protocol import ROLES, DataRule, RoleRule, is_folder
 
 
 def fitted(rule: DataRule, data_root: Path | None, cache: Path) -> DataRule:
@@ -80,3 +83,49 @@ def _scaled(role: RoleRule, have: int, need: int) -> RoleRule:
         count=max(1, role.count * have // need),
         dataset=role.dataset,
     )
+
+
+def own_rule(folder: Folder, like: DataRule) -> DataRule:
+    """Returns the roles of a user's own folder.
+
+    Where it has its own test images (else validation images), those are the private ones and the
+    rest is cut from ``train``; otherwise all four are cut from its one split. The hash of an image
+    says which role it plays, so copies stay together and images that are added move no others.
+
+    Args:
+        folder: the folder.
+        like: the rule of the protocol, for the size of the images and how many are attacked.
+
+    Raises:
+        DataError: there are too few images.
+    """
+    name = str(folder.path)
+    held_out = next((split for split in ("test", "validation") if split in folder.splits), None)
+
+    def role(low: float, high: float, split: str = "train") -> RoleRule:
+        return RoleRule(split=split, hashed=(low, high))
+
+    if held_out is not None:
+        roles = {"train": role(0, 0.6), "auxiliary": role(0.6, 0.95), "validation": role(0.95, 1)}
+        roles["private"] = role(0, 1, held_out)
+    else:
+        roles = {"train": role(0, 0.5), "auxiliary": role(0.5, 0.8), "validation": role(0.8, 0.85)}
+        roles["private"] = role(0.85, 1)
+    private = len(set(role_images(folder, roles["private"]).hashes()))
+    if private < 2:
+        raise DataError(
+            f"{folder.path} has too few images: one would be private; give a larger folder."
+        )
+    rule = DataRule(
+        dataset=name if is_folder(name) else f"./{name}",
+        image_size=like.image_size,
+        attacked=min(like.attacked, private),
+        **roles,
+    )
+    # So that the content of a protocol follows the images and not their place.
+    found = load_roles(rule, None, folder.cache)
+    pinned = {
+        role: one.model_copy(update={"identity": getattr(found, role).identity})
+        for role, one in roles.items()
+    }
+    return rule.model_copy(update=pinned)

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mibench.data.base import Dataset, stack
-from mibench.data.part import ROLES, fitted
+from mibench.data.base import Dataset
+from mibench.data.rules import ROLES, fitted
+from mibench.data.sets import stack
 from mibench.errors import DataError
 from mibench.protocol import DataRule, RoleRule
 from mibench.registry import datasets
