@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mibench.data.base import Dataset
-from mibench.data.roles import load_roles, role_images
+from mibench.data.roles import load_roles, open_dataset, role_images
 from mibench.data.sets import ImageSet, Selected, digest, stack
-from mibench.errors import DataError
+from mibench.errors import DataError, UnknownNameError
 from mibench.protocol import DataRule, RoleRule
 from mibench.registry import datasets
 from mibench.task import Classification
@@ -243,3 +243,31 @@ def test_images_come_out_between_zero_and_one():
     assert images.image_shape == (3, 2, 2)
     assert images.images()[:, 0, 0, 0].tolist() == pytest.approx([0, 0.2, 1])
     assert images.images(torch.tensor([2, 0]))[:, 0, 0, 0].tolist() == [1, 0]
+
+
+def test_a_dataset_of_ones_own_class_is_not_taken_for_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "from mibench.data.base import Dataset\n"
+        "from mibench.data.sets import ImageSet\n"
+        "from mibench.task import Classification\n\n\n"
+        "class Mine(Dataset):\n"
+        '    """Grey images."""\n\n'
+        '    task = Classification(("a", "b"))\n\n'
+        "    def size(self, split):\n"
+        "        return 9\n\n"
+        "    def load(self, split, start, count):\n"
+        "        pixels = torch.full((count, 3, 8, 8), 7, dtype=torch.uint8)\n"
+        "        return ImageSet(pixels, torch.zeros(count, dtype=torch.int64))\n"
+    )
+    dataset = open_dataset("./mine.py:Mine", 8, None, tmp_path)
+    assert dataset.task.names == ("a", "b")
+    assert len(dataset.load("any", 0, 3)) == 3
+
+
+def test_a_name_that_is_a_folder_is_told_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    with pytest.raises(UnknownNameError, match=r"for the folder of that name write \./own"):
+        open_dataset("own", 8, None, tmp_path)
