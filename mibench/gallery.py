@@ -75,7 +75,8 @@ def draw(
                 pen.text((at, _TITLE + 4), COLUMNS[column], fill=_INK, font=_font(12))
             large = Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(large, (at, top))
-            pen.text((at, top + side + 3), caption, fill=_PALE, font=_font(11))
+            below = _shortened(caption, pen, cell)
+            pen.text((at, top + side + 3), below, fill=_PALE, font=_font(11))
     return sheet
 
 
@@ -110,6 +111,15 @@ def _figures(
                 value = per_image[f"{prefix}{score.metric}"][index]
                 return f"{score.metric} {value:.3f}"
     return ", ".join(words)
+
+
+def _shortened(caption: str, pen: ImageDraw.ImageDraw, width: int) -> str:
+    """Cuts a caption that would run into the next one: some classes have long names."""
+    if pen.textlength(caption, font=_font(11)) <= width:
+        return caption
+    while caption and pen.textlength(f"{caption}...", font=_font(11)) > width:
+        caption = caption[:-1]
+    return f"{caption.rstrip(' ,')}..."
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

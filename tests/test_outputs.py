@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from mibench import gallery, outputs
 from mibench.data.sets import ImageSet
@@ -161,3 +161,13 @@ def test_a_grid_of_any_size_can_be_drawn(tmp_path, count, size):
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.width > 3 * size
         assert grid.height > min(count, gallery.PER_PANEL) * size
+
+
+def test_a_long_caption_does_not_run_into_the_next():
+    pen = ImageDraw.Draw(Image.new("RGB", (9, 9)))
+    width = 112
+    for caption in ("cat", "sloth bear, Melursus ursinus, Ursus ursinus", "W" * 80):
+        shown = gallery._shortened(caption, pen, width)
+        assert pen.textlength(shown, font=gallery._font(11)) <= width
+        assert caption.startswith(shown.removesuffix("..."))
+        assert (shown == caption) is (caption == "cat")
