@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from mibench.controls import permute
 from mibench.data.roles import Roles
 from mibench.data.sets import ImageSet
 from mibench.defenses.base import Shares
-from mibench.deployment import Deployed
+from mibench.deployment import Deployed, hash_tensors
 from mibench.errors import PluginError, blaming
 from mibench.files import Json
 from mibench.job import Job
@@ -127,9 +126,7 @@ def attack(
     users = seeding.derive(job.seed, "users", deployed.weights)
     with blaming(type(deployed.defense), "protect"):
         received = adversary.observes(
-            lambda turn: deployed.defense.transmit(
-                private, protocol.batch, seeding.derive(users, turn) if turn else users
-            )
+            lambda turn: _send(deployed, private, protocol.batch, users, turn)
         )
     return Assault(
         attacker=attacker,
@@ -146,21 +143,12 @@ def attack(
             "target": target.identity,
             "auxiliary": roles.auxiliary.identity,
             "validation": roles.validation.identity,
-            "received": _digest(received),
+            "received": hash_tensors({str(at): share for at, share in enumerate(received)}),
             "batch": protocol.batch,
         },
         image_shape=private.image_shape,
         batch=protocol.batch,
     )
-
-
-def _digest(shares: Shares) -> str:
-    """SHA-256 over what was received, shortened: a reconstruction follows from nothing else."""
-    digest = hashlib.sha256()
-    for share in shares:
-        digest.update(repr((tuple(share.shape), str(share.dtype))).encode())
-        digest.update(share.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _worst_adversary(
@@ -190,12 +178,17 @@ def _worst_adversary(
     return Adversary(rule.knowledge, worst, rule.transmissions), named
 
 
+def _send(deployed: Deployed, images: ImageSet, batch: int, seed: int, turn: int) -> Shares:
+    """One transmission of images; each has a stream of its own, the first one that of ``seed``."""
+    draws = seeding.derive(seed, turn) if turn else seed
+    return deployed.defense.transmit(images, batch, draws)
+
+
 def _averaged(job: Job, deployed: Deployed, images: ImageSet, seed: int) -> Shares:
     """The mean of all transmissions that the adversary sees: all that a linear reader can use."""
-    total: list[Tensor] = []
-    times = job.protocol.adversary.transmissions
-    for turn in range(times):
-        draws = seeding.derive(seed, turn) if turn else seed
-        sent = deployed.defense.transmit(images, job.protocol.batch, draws)
-        total = [a + b for a, b in zip(total, sent, strict=True)] if turn else list(sent)
-    return tuple(share / times for share in total) if times > 1 else tuple(total)
+    times, batch = job.protocol.adversary.transmissions, job.protocol.batch
+    total = _send(deployed, images, batch, seed, 0)
+    for turn in range(1, times):
+        sent = _send(deployed, images, batch, seed, turn)
+        total = tuple(a + b for a, b in zip(total, sent, strict=True))
+    return tuple(share / times for share in total)

@@ -88,7 +88,7 @@ def fit(job: Job, roles: Roles, store: ArtifactStore, device: str) -> Deployed:
         ],
         "task": [type(roles.task).__name__, roles.task.outputs],
     }
-    initial = _hash(learner.state_dict())
+    initial = hash_tensors(learner.state_dict())
     artifact = store.fetch(
         "defense",
         {
@@ -111,7 +111,7 @@ def fit(job: Job, roles: Roles, store: ArtifactStore, device: str) -> Deployed:
     defense.load_state_dict(artifact.tensors)
     defense.to(device).eval().requires_grad_(requires_grad=False)
     check_contract(defense, roles.validation.images(slice(0, 4)).to(device))
-    weights = _hash(artifact.tensors)
+    weights = hash_tensors(artifact.tensors)
     return Deployed(
         defense=defense,
         weights=weights,
@@ -156,14 +156,15 @@ def check_contract(defense: Defense, images: Tensor) -> None:
                 f"{who} is not random, but {method.__name__}.predict() returns something else than "
                 "it sends; an attack has to meet the true message"
             )
-    if random and method.predict is Defense.predict:
+    elif method.predict is Defense.predict:
         raise PluginError(
             f"{who} is random, so {method.__name__} must override predict() and log_likelihood(): "
             "an attack has to meet the true law of what is sent"
         )
 
 
-def _hash(tensors: Mapping[str, Tensor]) -> str:
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Returns the SHA-256 over named tensors on the CPU, shortened to 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())

@@ -95,7 +95,7 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
 
     batch, task, labels = job.protocol.batch, roles.task, roles.private.labels
     told = answers(deployed.defense, roles.private, batch)
-    told_undefended = answers(reference.defense, roles.private, batch)
+    told_undefended = told if bare else answers(reference.defense, roles.private, batch)
     # For whoever chooses a defense's parameters: never choose them on private images.
     same_labels = job.protocol.adversary.auxiliary != "other"
     validated = answers(deployed.defense, roles.validation, batch) if same_labels else None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mibench.cli.protocol_text import COLUMNS, example, flow, row, standing
 from mibench.cli.run import ATTACKERS_IMAGES
-from mibench.protocol import Protocol, RoleRule, load_protocol, released
+from mibench.protocol import ROLES, Protocol, RoleRule, load_protocol, released
 
 PAGE = Path(__file__).parents[2] / "docs" / "protocols.md"
 COMMAND = "python -m mibench.cli.protocols_page"
@@ -58,7 +58,7 @@ def _block(protocol: Protocol) -> Iterable[str]:
     yield _item("Standing", f"track {protocol.track}, {standing(protocol)}")
     yield _item("Content id", f"`{protocol.content_id}`")
     yield _item("Data", f"{data.dataset} at {data.image_size} pixels")
-    for name in ("train", "auxiliary", "validation", "private"):
+    for name in ROLES:
         attacked = f"; the first {data.attacked} are attacked" if name == "private" else ""
         yield _item(f"Role `{name}`", _role(getattr(data, name)) + attacked)
     backbone = protocol.backbone

@@ -13,12 +13,13 @@ import hashlib
 import json
 import os
 import shutil
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import PIL
@@ -30,6 +31,7 @@ from safetensors import numpy as safetensors_numpy
 from torch import Tensor
 
 from mibench import progress
+from mibench.data.base import Dataset
 from mibench.data.images import Decoder, UnfitImageError
 from mibench.data.sets import ImageSet, Selected, digest
 from mibench.data.tables import Rows
@@ -358,6 +360,53 @@ class Decoded:
             return None
         labels, digests, fit, animated = (torch.from_numpy(held[name]) for name in _BESIDE)
         return _Shard(labels, digests, fit, animated, offset)
+
+
+class EncodedDataset(Dataset):
+    """A dataset of encoded images: a subclass finds the source of a split, the rest is done here.
+
+    Attributes:
+        more: what a user can do who has too few images, as the first words of a sentence.
+    """
+
+    more: ClassVar[str]
+
+    def __init__(self, data_root: Path | None, image_size: int, cache: Path) -> None:
+        super().__init__(data_root, image_size, cache)
+        self._opened: dict[str, Decoded] = {}
+
+    @abstractmethod
+    def source(self, split: str) -> Source:
+        """Returns the encoded images of a split; raises as `Dataset.size` does."""
+
+    @abstractmethod
+    def where(self, split: str) -> str:
+        """Returns what messages call a split."""
+
+    def size(self, split: str) -> int:
+        """Counts the rows, unreadable images included; see `Dataset.size`."""
+        return len(self.opened(split).source)
+
+    def opened(self, split: str) -> Decoded:
+        """Returns a split, opened once."""
+        if split not in self._opened:
+            self._opened[split] = Decoded(self.source(split), self.cache)
+        return self._opened[split]
+
+    def enough(self, split: str, start: int, count: int) -> Decoded:
+        """Returns a split that holds images ``start`` to ``start + count``.
+
+        Raises:
+            DataError: it is shorter.
+        """
+        decoded = self.opened(split)
+        if start + count > len(decoded.source):
+            raise DataError(
+                f"{self.where(split)} holds {len(decoded.source)} images, but the protocol needs "
+                f"images {start} to {start + count}. {self.more}, or add --part to run on what is "
+                "there (never ranked)."
+            )
+        return decoded
 
 
 def _offset(path: Path, shape: list[int]) -> int | None:

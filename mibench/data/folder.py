@@ -12,10 +12,9 @@ from typing import Any, ClassVar, NoReturn
 import torch
 
 from mibench import progress
-from mibench.data.base import Dataset
 from mibench.data.columns import find_columns
 from mibench.data.content import content_key
-from mibench.data.decoded import Decoded, Source
+from mibench.data.decoded import EncodedDataset, Source
 from mibench.data.images import Decoder
 from mibench.data.sets import ImageSet
 from mibench.data.tables import Rows, encoded, library, read_parquet
@@ -55,7 +54,7 @@ class _Found:
     files: list[Path]
 
 
-class Folder(Dataset):
+class Folder(EncodedDataset):
     """The images of a folder on this machine.
 
     The folder holds one subfolder for each class, or parquet files with a column of images and one
@@ -74,6 +73,7 @@ class Folder(Dataset):
 
     name: ClassVar[str] = "folder"
     version: ClassVar[int] = 1
+    more = "Give more images, or a protocol made for this folder"
 
     def __init__(self, path: Path, image_size: int, cache: Path) -> None:
         super().__init__(None, image_size, cache)
@@ -94,7 +94,6 @@ class Folder(Dataset):
             {split: found.table for split, found in self._found.items()}, where
         )
         self.task = Classification(self._columns.classes)
-        self._opened: dict[str, Decoded] = {}
         self._told: set[tuple[str, int, int]] = set()
 
     @property
@@ -102,20 +101,9 @@ class Folder(Dataset):
         """The names of the splits."""
         return list(self._found)
 
-    def size(self, split: str) -> int:
-        """Counts the images, unreadable ones included; see `Dataset.size`."""
-        return len(self._split(split).source)
-
     def load(self, split: str, start: int, count: int) -> ImageSet:
         """Decodes a slice of a split, without unreadable images; see `Dataset.load`."""
-        decoded = self._split(split)
-        if start + count > len(decoded.source):
-            raise DataError(
-                f"the split {split!r} of {self.path} holds {len(decoded.source)} images, but the "
-                f"protocol needs images {start} to {start + count}. Give more images, or a "
-                "protocol made for this folder, or add --part to run on what is there (never "
-                "ranked)."
-            )
+        decoded = self.enough(split, start, count)
         images, unfit, reason = decoded.load(start, count)
         if unfit:
             rows = decoded.source.rows.read(unfit[:5])
@@ -140,17 +128,17 @@ class Folder(Dataset):
         inside = Path(path).is_relative_to(self._root)
         return Path(path).relative_to(self._root).as_posix() if inside else str(path)
 
-    def _split(self, split: str) -> Decoded:
+    def where(self, split: str) -> str:
+        """The split and the folder."""
+        return f"the split {split!r} of {self.path}"
+
+    def source(self, split: str) -> Source:
+        """Hashes the files of a split; see `EncodedDataset.source`."""
         if split not in self._found:
             raise DataError(
                 f"{self.path} has no split {split!r} (it has {', '.join(self.splits)}); name a "
                 "subfolder so, or use a protocol made for this folder."
             )
-        if split not in self._opened:
-            self._opened[split] = Decoded(self._source(split), self.cache)
-        return self._opened[split]
-
-    def _source(self, split: str) -> Source:
         found, columns = self._found[split], self._columns
         return Source(
             title=f"{self.path} {split}",

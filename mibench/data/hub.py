@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mibench.data.base import Dataset
 from mibench.data.content import content_key
-from mibench.data.decoded import Decoded, Source
+from mibench.data.decoded import EncodedDataset, Source
 from mibench.data.images import Decoder, UnfitImageError
 from mibench.data.sets import ImageSet
 from mibench.data.tables import Rows, encoded, library, read_parquet
@@ -19,7 +18,7 @@ from mibench.errors import DataError, UnavailableError
 from mibench.registry import fingerprint
 
 
-class HubDataset(Dataset):
+class HubDataset(EncodedDataset):
     """A dataset of the hub with one image column.
 
     A subclass names the hub repository and its columns, and overrides `columns` and `label` if its
@@ -40,27 +39,15 @@ class HubDataset(Dataset):
     label_column: ClassVar[str]
     native_size: ClassVar[int | None] = None
 
-    def __init__(self, data_root: Path | None, image_size: int, cache: Path) -> None:
-        super().__init__(data_root, image_size, cache)
-        self._opened: dict[str, Decoded] = {}
-
-    def size(self, split: str) -> int:
-        """Counts the rows; see `Dataset.size`."""
-        return len(self._split(split).source)
+    more = "Use the whole dataset, or a protocol made for this part"
 
     def load(self, split: str, start: int, count: int) -> ImageSet:
         """Decodes a slice of a split, in the source's order; see `Dataset.load`."""
-        decoded = self._split(split)
-        if start + count > len(decoded.source):
-            raise DataError(
-                f"{self._where(split)} holds {len(decoded.source)} images, but the protocol needs "
-                f"images {start} to {start + count}. Use the whole dataset, or a protocol made for "
-                "this part, or add --part to run on what is there (never ranked)."
-            )
+        decoded = self.enough(split, start, count)
         images, unfit, reason = decoded.load(start, count)
         if unfit:
             raise DataError(
-                f"{self._where(split)}: image {unfit[0]} {reason}; copy the files again."
+                f"{self.where(split)}: image {unfit[0]} {reason}; copy the files again."
             )
         return images
 
@@ -89,7 +76,8 @@ class HubDataset(Dataset):
 
     # --- where the rows come from -----------------------------------------------------------------
 
-    def _where(self, split: str) -> str:
+    def where(self, split: str) -> str:
+        """The split and the hub's repository or the folder."""
         if self.data_root is None:
             return f"the split {split!r} of {self.hub_id}"
         return f"the split {split!r} in {self.data_root / self._folder}"
@@ -98,12 +86,8 @@ class HubDataset(Dataset):
     def _folder(self) -> str:
         return self.folder or self.name
 
-    def _split(self, split: str) -> Decoded:
-        if split not in self._opened:
-            self._opened[split] = Decoded(self._source(split), self.cache)
-        return self._opened[split]
-
-    def _source(self, split: str) -> Source:
+    def source(self, split: str) -> Source:
+        """Opens the table of a split; see `EncodedDataset.source`."""
         native = self.native_size
         if native is not None and native != self.image_size:
             raise DataError(
@@ -115,16 +99,16 @@ class HubDataset(Dataset):
             files = [Path(file["filename"]) for file in table.cache_files]
         else:
             files = self._local_files(self.data_root / self._folder, split)
-            table = read_parquet(files, self._where(split))
+            table = read_parquet(files, self.where(split))
         for column in (self.image_column, *self.columns):
             if column not in table.column_names:
                 raise DataError(
-                    f"{self._where(split)} has no column {column!r} "
+                    f"{self.where(split)} has no column {column!r} "
                     f"(it has {', '.join(table.column_names)}); the layout of the hub's "
                     f"{self.hub_id} is expected."
                 )
         if not len(table):
-            raise DataError(f"{self._where(split)} holds no images; copy the files again.")
+            raise DataError(f"{self.where(split)} holds no images; copy the files again.")
         return Source(
             title=f"{self.name} {split}",
             origin={
@@ -132,9 +116,9 @@ class HubDataset(Dataset):
                 "version": self.version,
                 "code": fingerprint(type(self)),
                 "split": split,
-                "files": content_key(files, None, self._where(split)),
+                "files": content_key(files, None, self.where(split)),
             },
-            rows=Rows(encoded(table, self.image_column, self._where(split)), self.image_column),
+            rows=Rows(encoded(table, self.image_column, self.where(split)), self.image_column),
             image_column=self.image_column,
             label=self.label,
             blank=self.blank,

@@ -351,7 +351,7 @@ def test_the_others(tmp_path, dataset, folder, split, size):
     images = opened.load(split, 0, 100)
     assert images.raw().shape == (100, 3, size, size)
     assert 0.2 < images.images().mean() < 0.7
-    schema = opened._split(split).source.rows.table.features
+    schema = opened.opened(split).source.rows.table.features
     own = schema["label" if dataset is ImageNet1k else "fine_label"].names if (
         dataset is not CelebA
     ) else [name for name in schema if name not in ("image", "celeb_id")]  # fmt: skip
