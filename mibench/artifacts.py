@@ -125,6 +125,10 @@ class Checkpoint:
         write_atomically(self._file, _CHECKPOINT_MAGIC + _digest(body).encode() + b"\n" + body)
         self._last = time.monotonic()
 
+    def part(self, name: str) -> "Checkpoint":
+        """The checkpoint of one part of a training that has several."""
+        return Checkpoint(self._folder / name, self._interval)
+
     def due(self) -> bool:
         """Whether `interval` seconds have passed since the last save, or since the beginning."""
         return time.monotonic() - self._last >= self._interval
@@ -236,18 +240,11 @@ class ArtifactStore:
             if not place.is_dir():
                 return None
             record = _read_record(place, wanted)
-            # Hashing the very bytes that are loaded leaves no gap between check and use.
-            data = (place / _TENSORS).read_bytes()
+            tensors = _read_tensors(place, record)
         except FileNotFoundError as error:
             raise _BrokenArtifactError(f"{error.filename} is missing") from error
         except OSError as error:
             raise storage_error("read", place, error) from error
-        if _digest(data) != record["sha256"]:
-            raise _BrokenArtifactError(f"{_TENSORS} does not match its checksum")
-        try:
-            tensors: dict[str, Tensor] = safetensors_torch.load(data)
-        except SafetensorError as error:
-            raise _BrokenArtifactError(f"{_TENSORS}: {error}") from error
         return Artifact(kind, key, tensors, record["facts"], reused=True)
 
     def _make(self, kind: str, key: str, wanted: bytes, make: Maker) -> Artifact:
@@ -338,6 +335,27 @@ class ArtifactStore:
             raise storage_error("remove", place, error) from error
 
 
+def open_artifact(place: Path) -> tuple[Artifact, dict[str, Json]]:
+    """Reads one artifact from its folder, wherever that lies, and what it was made from.
+
+    Raises:
+        StorageError: there is no artifact, it is damaged, or it cannot be read.
+    """
+    try:
+        record = json.loads((place / _RECORD).read_bytes())
+        kind, key, spec = record["kind"], record["key"], record["spec"]
+        _read_record(place, canonical_json(spec))
+        tensors = _read_tensors(place, record)
+    except OSError as error:
+        raise storage_error("read", place / _RECORD, error) from error
+    except (ValueError, KeyError, TypeError, _BrokenArtifactError) as error:
+        raise StorageError(
+            f"{place} holds no whole artifact of the cache ({error}); give a folder such as "
+            "CACHE/defense/0123456789abcdef"
+        ) from error
+    return Artifact(kind, key, tensors, record["facts"], reused=True), spec
+
+
 def _default_root() -> Path:
     chosen = os.environ.get("MIBENCH_CACHE")
     if chosen:
@@ -360,6 +378,18 @@ def _read_record(place: Path, wanted: bytes) -> dict[str, Any]:
     except (ValueError, KeyError, RecursionError) as error:
         raise _BrokenArtifactError(f"{_RECORD} cannot be read: {error!r}") from error
     return record
+
+
+def _read_tensors(place: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
+    # Hashing the very bytes that are loaded leaves no gap between check and use.
+    data = (place / _TENSORS).read_bytes()
+    if _digest(data) != record["sha256"]:
+        raise _BrokenArtifactError(f"{_TENSORS} does not match its checksum")
+    try:
+        tensors: dict[str, Tensor] = safetensors_torch.load(data)
+    except SafetensorError as error:
+        raise _BrokenArtifactError(f"{_TENSORS}: {error}") from error
+    return tensors
 
 
 def _digest(data: bytes) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,17 +11,23 @@ import torch
 from torch import Tensor
 
 from mibench import progress, seeding
-from mibench.artifacts import ArtifactStore, Checkpoint
+from mibench.artifacts import Artifact, ArtifactStore, Checkpoint, open_artifact
 from mibench.backbones.base import BackboneSpec
 from mibench.data.roles import Roles
+from mibench.data.sets import ImageSet
 from mibench.defenses.base import Defense, Facts
-from mibench.errors import PluginError, blaming
+from mibench.errors import DivergedError, InvalidParamsError, PluginError, blaming
 from mibench.files import Json, canonical_json, content_id
 from mibench.job import Job
 from mibench.params import build
 from mibench.registry import defenses, fingerprint, lineage, package_fingerprint
 from mibench.task import Task
 from mibench.training import Step
+
+EXAMINED = 1024
+"""Validation images on which a defense reports facts of itself, at most."""
+CONSTANT = 1e-6
+"""Deviation between the messages of two images below which they are the same message."""
 
 
 @dataclass(frozen=True)
@@ -77,38 +84,32 @@ def fit(job: Job, roles: Roles, store: ArtifactStore, device: str) -> Deployed:
             canonical_json(facts)
         return learner.state_dict(), facts
 
-    made_of: dict[str, Json] = {
-        "params": learner.params.model_dump(mode="json"),
-        "backbone": job.protocol.backbone.model_dump(mode="json"),
-        "code": [
-            *lineage(method),
-            fingerprint(Defense),
-            package_fingerprint("mibench.backbones"),
-            fingerprint(Step),
-        ],
-        "task": [type(roles.task).__name__, roles.task.outputs],
-    }
+    made_of = _made_of(learner, job)
     initial = hash_tensors(learner.state_dict())
-    artifact = store.fetch(
-        "defense",
-        {
-            **made_of,
-            "defense": job.defense,
-            # Follows the seed, the libraries' initialisation, and pretrained weights from the hub.
-            "initial": initial,
-            "recipe": job.protocol.recipe.model_dump(mode="json"),
-            "train": roles.train.identity,
-            "torch": torch.__version__,
-            "seed": job.seed,
-            "device": torch.device(device).type,
-            "threads": job.protocol.threads,
-        },
-        make,
-    )
-    if artifact.reused:
-        progress.note(f"reused the trained defense {job.defense} ({artifact.key[:8]})")
+    spec: dict[str, Json] = {
+        **made_of,
+        # Follows the seed, the libraries' initialisation, and pretrained weights from the hub.
+        "initial": initial,
+        "recipe": job.protocol.recipe.model_dump(mode="json"),
+        "train": roles.train.identity,
+        "torch": torch.__version__,
+        "seed": job.seed,
+        "device": torch.device(device).type,
+        "threads": job.protocol.threads,
+    }
     defense = build_defense(job, shape, roles.task)
-    defense.load_state_dict(artifact.tensors)
+    if job.weights is None:
+        artifact = store.fetch("defense", spec, make)
+        if artifact.reused:
+            progress.note(f"reused the trained defense {job.defense} ({artifact.key[:8]})")
+        defense.load_state_dict(artifact.tensors)
+    else:
+        artifact, trained_on = load_weights(defense, job)
+        if trained_on != roles.train.identity:
+            raise InvalidParamsError(
+                f"--weights: {job.weights} was trained on other images than this protocol's train "
+                "role, which may be the private ones; train it on those"
+            )
     defense.to(device).eval().requires_grad_(requires_grad=False)
     check_contract(defense, roles.validation.images(slice(0, 4)).to(device))
     weights = hash_tensors(artifact.tensors)
@@ -116,8 +117,79 @@ def fit(job: Job, roles: Roles, store: ArtifactStore, device: str) -> Deployed:
         defense=defense,
         weights=weights,
         identity=content_id({**made_of, "weights": weights}),
-        facts={"initial_weights": initial, **artifact.facts},
+        facts={"artifact": artifact.key, "initial_weights": initial, **artifact.facts},
     )
+
+
+def load_weights(defense: Defense, job: Job) -> tuple[Artifact, Json]:
+    """Loads the trained weights that the job names into a defense.
+
+    Returns:
+        The artifact, and the identity of the images that it was trained on.
+
+    Raises:
+        StorageError: the folder holds no whole artifact.
+        InvalidParamsError: they are the weights of another defense, backbone or parameter set.
+    """
+    assert job.weights is not None
+    artifact, spec = open_artifact(job.weights)
+    if artifact.kind != "defense":
+        raise InvalidParamsError(
+            f"--weights: {job.weights} holds a trained {artifact.kind}, not a defense"
+        )
+    wanted = _made_of(defense, job)
+    for key in ("defense", "backbone", "task", "params"):
+        if canonical_json(spec[key]) != canonical_json(wanted[key]):
+            raise InvalidParamsError(
+                f"--weights: {job.weights} was trained with {_difference(key, spec, wanted)}"
+            )
+    if spec["code"] != wanted["code"]:
+        progress.note(f"the weights in {job.weights} were trained with other code than this")
+    try:
+        defense.load_state_dict(artifact.tensors)
+    except RuntimeError as error:
+        lines = str(error).splitlines()
+        raise InvalidParamsError(
+            f"--weights: {job.weights} does not fit this version of {job.defense}: "
+            f"{lines[-1].strip()}"
+        ) from error
+    return artifact, spec["train"]
+
+
+def _made_of(defense: Defense, job: Job) -> dict[str, Json]:
+    """What the meaning of the weights follows from."""
+    return {
+        "defense": job.defense,
+        "params": defense.params.model_dump(mode="json"),
+        "backbone": job.protocol.backbone.model_dump(mode="json"),
+        "code": [
+            *lineage(type(defense)),
+            fingerprint(Defense),
+            package_fingerprint("mibench.backbones"),
+            package_fingerprint("mibench.defenses.parts"),
+            fingerprint(Step),
+        ],
+        "task": [type(defense.task).__name__, defense.task.outputs],
+    }
+
+
+def _difference(key: str, had: Mapping[str, Json], wanted: Mapping[str, Json]) -> str:
+    """Names the first value in which two descriptions differ."""
+    one, other = had[key], wanted[key]
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        name = next(name for name in {**one, **other} if one.get(name) != other.get(name))
+        key, one, other = f"{key} {name}", one.get(name), other.get(name)
+    return f"{key} = {json.dumps(one)}, and this job has {json.dumps(other)}"
+
+
+@torch.no_grad()
+def examine(defense: Defense, images: ImageSet) -> Facts:
+    """Returns what a deployed defense reports of itself on validation images."""
+    method = type(defense)
+    with seeding.stream(0, "examination"), blaming(method, "examine"):
+        facts = defense.examine(images.take(EXAMINED))
+        canonical_json(facts)
+    return facts
 
 
 @torch.no_grad()
@@ -147,10 +219,10 @@ def check_contract(defense: Defense, images: Tensor) -> None:
             )
         if not share.isfinite().all():
             raise PluginError(f"{who} returned values that are infinite or not a number")
+    with blaming(method, "predict"):
+        predicted = defense.predict(images)
     random = any(not torch.equal(a, b) for a, b in zip(shares, again, strict=True))
     if not random:
-        with blaming(method, "predict"):
-            predicted = defense.predict(images)
         if len(predicted) != len(shares) or not all(map(torch.equal, shares, predicted)):
             raise PluginError(
                 f"{who} is not random, but {method.__name__}.predict() returns something else than "
@@ -160,6 +232,11 @@ def check_contract(defense: Defense, images: Tensor) -> None:
         raise PluginError(
             f"{who} is random, so {method.__name__} must override predict() and log_likelihood(): "
             "an attack has to meet the true law of what is sent"
+        )
+    if any((one - one[:1]).abs().max() < CONSTANT for one in predicted):
+        raise DivergedError(
+            f"defense {method.name}: a server gets the same message for every image, so the "
+            "training has collapsed; lower the weights of the penalties, or the learning rate"
         )
 
 

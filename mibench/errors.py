@@ -23,6 +23,10 @@ class InvalidParamsError(MibenchError):
     """A parameter or protocol key that is unknown, of the wrong type or out of range."""
 
 
+class DivergedError(MibenchError):
+    """A training whose loss became infinite or not a number, or whose features became constant."""
+
+
 class PluginError(MibenchError):
     """A plugin file that cannot be imported, or a class that does not fulfil its contract."""
 

@@ -20,7 +20,7 @@ from mibench.controls import best_guess, blind_guesses
 from mibench.data.roles import Roles, load_roles
 from mibench.data.sets import ImageSet
 from mibench.defenses.base import Defense
-from mibench.deployment import fit
+from mibench.deployment import examine, fit
 from mibench.errors import InvalidParamsError
 from mibench.files import Json
 from mibench.job import UNDEFENDED, Job
@@ -99,6 +99,7 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
     # For whoever chooses a defense's parameters: never choose them on private images.
     same_labels = job.protocol.adversary.auxiliary != "other"
     validated = answers(deployed.defense, roles.validation, batch) if same_labels else None
+    examined = examine(deployed.defense, roles.validation) if same_labels else {}
     manifest = roles.private.hashes()
     spent = cost(deployed.defense, reference.defense, private)
     over = _over_budget(job.protocol, spent) + _other_images(job.protocol, roles)
@@ -121,7 +122,7 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
         ],
         attributes=attribute_scores(task, told, told_undefended, labels),
         cost=spent,
-        defense_facts=deployed.facts,
+        defense_facts={**deployed.facts, **examined},
         attack_facts=assault.attacker.facts(),
     )
     return Result(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from mibench.files import Json
 from mibench.protocol import Protocol
@@ -18,7 +19,8 @@ class Job:
     """What to run: one defense against one attack under one protocol with one seed.
 
     ``defense_params`` and ``attack_params`` are what the user set; the protocol's own attack
-    parameters lie beneath.
+    parameters lie beneath. ``weights`` is the folder of a trained defense to use instead of
+    training one; a job with it is never ranked.
     """
 
     protocol: Protocol
@@ -27,6 +29,7 @@ class Job:
     defense_params: Mapping[str, Json]
     attack_params: Mapping[str, Json]
     seed: int = 0
+    weights: Path | None = None
 
     def undefended(self) -> Job:
         """The same attack on the undefended split."""
@@ -45,6 +48,8 @@ class Job:
     def deviations(self) -> list[str]:
         """How this job departs from its protocol."""
         found = [f"attack.{key} set by hand" for key in sorted(self.attack_params)]
+        if self.weights is not None:
+            found.append(f"trained weights given by hand ({self.weights.resolve().name})")
         if self._attack_name not in self.protocol.attacks:
             found.append(f"attack {self.attack} is none of the protocol's")
         found += [

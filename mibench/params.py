@@ -344,13 +344,17 @@ def parse_yaml(text: str, source: str) -> Json:
 
 
 def parse_assignments(
-    items: Sequence[str], roots: Sequence[str] | None = None
+    items: Sequence[str],
+    roots: Sequence[str] | None = None,
+    aliases: Mapping[str, str] | None = None,
 ) -> dict[str, dict[str, Json]]:
     """Read assignments from the command line.
 
     Args:
         items: Such as `["defense.density=0.04", "attack.decoder.steps=3"]`; the values are YAML.
         roots: The first words that are allowed; all if None.
+        aliases: Other first words and the root that each stands for, such as the name of the
+            component; they may hold dashes.
 
     Returns:
         Values by root and key, nested where a key has more parts.
@@ -363,7 +367,8 @@ def parse_assignments(
     set_by: dict[tuple[str, ...], str] = {}
     for item in items:
         name, equals, text = item.partition("=")
-        path = tuple(name.strip().split("."))
+        first, *rest = name.strip().split(".")
+        path = ((aliases or {}).get(first, first), *rest)
         if not equals or len(path) < 2 or not all(_KEY.fullmatch(part) for part in path):
             raise InvalidParamsError(f"cannot read {item!r}: {_FORM}")
         if roots is not None and path[0] not in roots:

@@ -13,11 +13,13 @@ from torch.nn import functional as F
 
 from mibench import progress, seeding
 from mibench.artifacts import Checkpoint
-from mibench.errors import MibenchError
+from mibench.errors import DivergedError
 from mibench.files import Json
 from mibench.protocol import Recipe
 
 Losses = Mapping[str, Tensor]
+History = dict[str, list[list[float]]]
+"""Step and value of each loss term, at up to 50 evenly spaced steps."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,13 @@ class Step:
         index: number of this step, from 0.
         total: number of all steps.
         generator: CPU generator of this step's own random draws.
+        phase: name of the phase of the training, see `mibench.defenses.base.Phase`.
     """
 
     index: int
     total: int
     generator: torch.Generator
+    phase: str = "training"
 
     @property
     def progress(self) -> float:
@@ -48,7 +52,7 @@ def optimise(
     seed: int,
     checkpoint: Checkpoint,
     title: str,
-) -> dict[str, Json]:
+) -> History:
     """Minimises the sum of named losses over the module's parameters, in place.
 
     The learning rate rises linearly over ``recipe.warmup`` of the steps and falls to zero on a
@@ -64,17 +68,19 @@ def optimise(
         title: what the progress bar says.
 
     Returns:
-        Facts: the course of each loss term at up to 50 evenly spaced steps.
+        The course of each loss term.
 
     Raises:
-        MibenchError: the loss became infinite or not a number.
+        DivergedError: the loss became infinite or not a number. The checkpoint then holds the last
+            state that was seen to be good.
     """
     device, average = next(module.parameters()).device, recipe.average
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimiser = _optimiser(parameters, recipe)
     mean = {k: v.detach().clone() for k, v in module.state_dict().items()} if average else {}
-    history: dict[str, list[list[float]]] = {}
+    history: History = {}
     first = _resume(module, optimiser, mean, history, checkpoint)
+    good = _state(module, optimiser, mean, history, first)
     module.train()
     with progress.task(title, total=recipe.steps) as task:
         task.advance(first)
@@ -85,6 +91,15 @@ def optimise(
             with seeding.stream(seed, "global", index), autocast(device, recipe.precision):
                 terms = losses(Step(index, recipe.steps, stream))
                 loss = torch.stack([term.float() for term in terms.values()]).sum()
+            value, noted = loss.item(), index % max(recipe.steps // 50, 1) == 0
+            if not math.isfinite(value):
+                checkpoint.save(*good)
+                raise DivergedError(_diverged(title, index, terms, good[1]))
+            if noted or index == recipe.steps - 1:
+                for name, term in terms.items():
+                    history.setdefault(name, []).append([index, term.item()])
+            if noted:
+                good = _state(module, optimiser, mean, history, index)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             if recipe.clip is not None:
@@ -92,21 +107,14 @@ def optimise(
             optimiser.step()
             if average:
                 _average(mean, module, average, index)
-            if index % max(recipe.steps // 50, 1) == 0 or index == recipe.steps - 1:
-                if not math.isfinite(loss.item()):
-                    raise MibenchError(
-                        f"{title}: the loss is {loss.item()} at step {index}; lower the learning "
-                        "rate or the weights of the loss terms."
-                    )
-                for name, term in terms.items():
-                    history.setdefault(name, []).append([index, term.item()])
-            task.advance(loss=loss.item())
-            if checkpoint.due():
-                _save(module, optimiser, mean, history, index + 1, checkpoint)
+            task.advance(loss=value)
+            # The last one too: what comes behind the training can be interrupted as well.
+            if checkpoint.due() or index == recipe.steps - 1:
+                checkpoint.save(*_state(module, optimiser, mean, history, index + 1))
     if average:
         module.load_state_dict(mean)
     module.eval()
-    return {"steps": recipe.steps, "losses": {k: list(v) for k, v in history.items()}}
+    return history
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -198,26 +206,39 @@ def _average(mean: dict[str, Tensor], module: nn.Module, decay: float, index: in
             mean[name].copy_(value)
 
 
-def _save(
+def _diverged(title: str, index: int, terms: Losses, good: Mapping[str, Json]) -> str:
+    found = {name: term.item() for name, term in terms.items()}
+    broken = [f"{name} is {value}" for name, value in found.items() if not math.isfinite(value)]
+    # Finite terms can have an infinite sum.
+    named = broken or [f"{name} is {value:.3g}" for name, value in found.items()]
+    return (
+        f"{title} diverged at step {index}: the loss term {', '.join(named)}. Lower the learning "
+        "rate or the weight of that term, or set recipe.clip. The state of step "
+        f"{good['step']}, the last good one, is kept as checkpoint."
+    )
+
+
+def _state(
     module: nn.Module,
     optimiser: torch.optim.Optimizer,
     mean: Mapping[str, Tensor],
-    history: dict[str, list[list[float]]],
+    history: History,
     step: int,
-    checkpoint: Checkpoint,
-) -> None:
+) -> tuple[dict[str, Tensor], dict[str, Json]]:
+    """A copy of all that the training goes on from, as a checkpoint takes it."""
     tensors = {f"module.{k}": v for k, v in module.state_dict().items()}
     tensors |= {f"mean.{k}": v for k, v in mean.items()}
     for number, state in optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser.{number}.{k}": torch.as_tensor(v) for k, v in state.items()}
-    checkpoint.save(tensors, {"step": step, "history": {k: list(v) for k, v in history.items()}})
+    copied = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    return copied, {"step": step, "history": {k: list(v) for k, v in history.items()}}
 
 
 def _resume(
     module: nn.Module,
     optimiser: torch.optim.Optimizer,
     mean: dict[str, Tensor],
-    history: dict[str, list[list[float]]],
+    history: History,
     checkpoint: Checkpoint,
 ) -> int:
     saved = checkpoint.load()

@@ -63,6 +63,13 @@ def _shuffled(call: Callable[[Shares], Tensor], inputs: Shares, batch: int) -> T
 
 
 @torch.no_grad()
+def client_flops(defense: Defense, example: Tensor) -> int:
+    """Counts what protection and fusion take the client for one image (1, 3, H, W)."""
+    replies = tuple(defense.serve(k, share) for k, share in enumerate(defense.protect(example)))
+    return client_cost(lambda x: defense.fuse((defense.protect(x), replies)[1]), example)
+
+
+@torch.no_grad()
 def cost(defense: Defense, undefended: Defense, images: ImageSet) -> Cost:
     """Counts parameters, FLOPs and bytes for one image."""
     device = next(defense.parameters()).device
@@ -71,7 +78,7 @@ def cost(defense: Defense, undefended: Defense, images: ImageSet) -> Cost:
     replies = tuple(defense.serve(k, share) for k, share in enumerate(shares))
     return Cost(
         client_parameters=count_parameters(defense.client_modules()),
-        client_flops=client_cost(lambda x: defense.fuse((defense.protect(x), replies)[1]), example),
+        client_flops=client_flops(defense, example),
         undefended_client_flops=client_cost(undefended.protect, example),
         bytes_up=bytes_on_wire(shares),
         bytes_down=bytes_on_wire(replies),

@@ -85,12 +85,13 @@ class Decoder(Attack):
                 images = augment(images, recipe, step.generator)
                 return {"mse": F.mse_loss(network(target.query(images)).float(), images)}
 
-            facts = optimise(
+            course = optimise(
                 network, losses, recipe, seed=seed, checkpoint=checkpoint,
                 title="Training decoder",
             )  # fmt: skip
             with seeding.stream(shop.seed, "decoder validation"):
-                facts["validation_mse"] = self._error(network, target, validation)
+                error = self._error(network, target, validation)
+            facts: dict[str, Json] = {"losses": dict(course), "validation_mse": error}
             return network.state_dict(), facts
 
         spec = {

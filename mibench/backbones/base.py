@@ -94,6 +94,8 @@ class Split(nn.Module):
             tokens (N, D).
         task: what the logits tell of an image.
         prefix_tokens: leading tokens that stand for no place of the image (class tokens).
+        split_point: the last stage of the client.
+        later_points: the split points behind it; each is a stage of the server, in order.
     """
 
     def __init__(self, backbone: Backbone, split_point: str) -> None:
@@ -109,6 +111,7 @@ class Split(nn.Module):
             raise UnknownNameError(unknown(f"split point of {backbone.name}", split_point, points))
         cut = points.index(split_point) + 1
         self.backbone = backbone
+        self.split_point, self.later_points = split_point, points[cut:]
         self.client = nn.Sequential(*list(stages.values())[:cut])
         self.server = nn.Sequential(*list(stages.values())[cut:])
         self.image_shape = backbone.image_shape

@@ -40,7 +40,8 @@ def run(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="A parameter, such as defense.density=0.04 or attack.steps=50; repeatable.",
+            help="A parameter, such as defense.density=0.04 or attack.steps=50; repeatable. The "
+            "name works too: privdfs.density=0.04.",
         ),
     ] = None,
     dataset: Annotated[
@@ -77,6 +78,13 @@ def run(
             help="Folder of the results (default: runs/<protocol>/<defense>-<attack>-s<seed>)."
         ),
     ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="Use this trained defense instead of training one: a folder of the cache, such "
+            "as CACHE/defense/0123456789abcdef (the record of its run names it). Never ranked."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, show the plan, run nothing.")
     ] = False,
@@ -106,9 +114,12 @@ def run(
         defense_params=given.get("defense", {}),
         attack_params=given.get("attack", {}),
         seed=chosen.seeds[0] if seed is None else seed,
+        weights=weights,
     )
     record = _check_components(job, device)
     named: dict[str, Json] = {"dataset": dataset} if dataset else {}
+    if weights is not None:
+        named["weights"] = weights.resolve().name
     folder = out or default_folder(record, {**given, "data": named} if named else given)
     found = earlier_record(folder, record)
     if not dry_run:
@@ -165,6 +176,7 @@ def _identity(record: Record) -> dict[str, object]:
         "code of the attack": record.attack.code,
         "protocol": record.protocol.id,
         "seed": record.seed,
+        "weights": [one for one in record.deviations if "weights" in one],
         **{f"defense.{key}": value for key, value in record.defense.params.items()},
         **{f"attack.{key}": value for key, value in record.attack.params.items()},
         "content of the protocol": record.protocol.content,
@@ -196,7 +208,8 @@ def _check_names(
     for registry, name in ((defenses, defense), (attacks, attack)):
         if ":" not in name and not name.endswith(".py"):
             registry.entry(name)
-    given = parse_assignments(assignments, roots=("defense", "attack"))
+    roots = ("defense", "attack")
+    given = parse_assignments(assignments, roots, {defense: "defense", attack: "attack"})
     return chosen, given
 
 
@@ -204,13 +217,15 @@ def _check_components(job: Job, device: str) -> Record:
     """Everything else that can be checked before anything is trained."""
     from mibench.artifacts import ArtifactStore
     from mibench.data.roles import open_dataset
-    from mibench.deployment import build_defense
+    from mibench.deployment import build_defense, load_weights
     from mibench.evaluate import open_record
 
     rule = job.protocol.data
     dataset = open_dataset(rule.dataset, rule.image_size, None, ArtifactStore().root)
     record = open_record(job, device)
-    build_defense(job, (3, rule.image_size, rule.image_size), dataset.task)
+    built = build_defense(job, (3, rule.image_size, rule.image_size), dataset.task)
+    if job.weights is not None:
+        load_weights(built, job)
     return record
 
 

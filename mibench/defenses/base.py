@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar
+from dataclasses import replace
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +18,25 @@ from mibench.errors import PluginError
 from mibench.files import Json
 from mibench.params import Parameters
 from mibench.protocol import Recipe
-from mibench.training import Losses, Step, augment, optimise, shuffled_batch
+from mibench.training import History, Losses, Step, augment, optimise, shuffled_batch
 
 Shares = tuple[Tensor, ...]
 """What the client sends: one tensor per server, batch axis first."""
 
 TOLERANCE = 0.05
 """Deviation, in units of a share's RMS, that an attacker allows a deterministic message."""
+
+
+class Phase(NamedTuple):
+    """A part of the training with a learning-rate schedule of its own.
+
+    Attributes:
+        name: what `Defense.begin` and the step are told.
+        share: share of the recipe's steps.
+    """
+
+    name: str
+    share: float = 1.0
 
 
 class Defense(nn.Module, ABC):
@@ -82,13 +95,17 @@ class Defense(nn.Module, ABC):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images → logits (B, classes), along the only path there is; never overridden."""
-        shares = self.protect(images)
+        return self.answer(self.protect(images))
+
+    def answer(self, shares: Shares) -> Tensor:
+        """Servers and fusion: shares → logits (B, classes)."""
         return self.fuse(tuple(self.serve(k, share) for k, share in enumerate(shares)))
 
     def predict(self, images: Tensor) -> Shares:
         """The message's parameters before any randomness; differentiable in the images.
 
-        A deterministic defense sends exactly this.
+        A deterministic defense sends exactly this. For a random one it is one tensor per server
+        with whatever `log_likelihood` needs, such as mean and deviation.
         """
         return self.protect(images)
 
@@ -114,26 +131,73 @@ class Defense(nn.Module, ABC):
         """
         return {"task": self.task.loss(self(images), labels)}
 
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """Parts of the training, in order; their shares add up to 1."""
+        return (Phase("training"),)
+
+    def begin(self, phase: str, train: ImageSet) -> None:
+        """Called before each phase: the place to measure scales and to freeze what is finished.
+
+        A parameter that does not require a gradient when this returns does not learn in the phase.
+        """
+
+    def observe(self, train: ImageSet, step: Step) -> None:
+        """Called before every step, for a loss that needs more than one batch of images."""
+
+    def finish(self, train: ImageSet) -> None:
+        """Called after the last phase, in evaluation mode, to measure what the law needs."""
+
     def fit(self, train: ImageSet, recipe: Recipe, seed: int, checkpoint: Checkpoint) -> Facts:
-        """Trains client, servers and fusion jointly; returns facts for the record."""
-        device = next(self.parameters()).device
+        """Trains client, servers and fusion, phase by phase; returns facts for the record."""
         self.to(memory_format=torch.channels_last)
+        several = len(self.phases) > 1
+        steps = 0
+        losses: Facts = {}
+        for number, phase in enumerate(self.phases):
+            own = recipe.model_copy(update={"steps": max(1, round(phase.share * recipe.steps))})
+            draws = seeding.derive(seed, phase.name) if number else seed
+            with seeding.stream(draws, "begin"):
+                self.begin(phase.name, train)
+            kept = checkpoint.part(phase.name) if several else checkpoint
+            course = self._learn(phase, train, own, draws, kept)
+            steps += own.steps
+            losses |= {f"{phase.name}/{k}" if several else k: v for k, v in course.items()}
+        with seeding.stream(seed, "finish"):
+            self.finish(train)
+        # The layout in memory decides where random draws land: leave it as it is after loading.
+        self.to(memory_format=torch.contiguous_format)
+        return {"steps": steps, "losses": losses, **self.describe()}
+
+    def _learn(
+        self, phase: Phase, train: ImageSet, recipe: Recipe, seed: int, checkpoint: Checkpoint
+    ) -> History:
+        device = next(self.parameters()).device
 
         def losses(step: Step) -> Losses:
+            now = replace(step, phase=phase.name)
+            self.observe(train, now)
             index = shuffled_batch(len(train), recipe.batch, seed, step.index)
             images = train.images(index).to(device)
             images = augment(images, recipe, step.generator)
             images = images.contiguous(memory_format=torch.channels_last)
-            return self.loss(images, train.labels[index].to(device), step)
+            return self.loss(images, train.labels[index].to(device), now)
 
         title = f"Training {self.name}"
-        facts = optimise(self, losses, recipe, seed=seed, checkpoint=checkpoint, title=title)
-        # The layout in memory decides where random draws land: leave it as it is after loading.
-        self.to(memory_format=torch.contiguous_format)
-        return facts | self.describe()
+        if len(self.phases) > 1:
+            title += f", {phase.name}"
+        return optimise(self, losses, recipe, seed=seed, checkpoint=checkpoint, title=title)
 
     def describe(self) -> Facts:
         """Facts about the trained defense for the record, such as what its masks became."""
+        return {}
+
+    def examine(self, images: ImageSet) -> Facts:  # noqa: ARG002
+        """Facts that take images, such as what one server's branch answers alone.
+
+        Args:
+            images: validation images with the labels of the task; never private ones.
+        """
         return {}
 
     def client_modules(self) -> Iterable[nn.Module]:

@@ -8,7 +8,7 @@ from mibench.backbones.base import BackboneSpec
 from mibench.data.sets import ImageSet
 from mibench.defenses.base import Defense
 from mibench.deployment import check_contract
-from mibench.errors import PluginError
+from mibench.errors import DivergedError, PluginError
 from mibench.task import Classification
 from mibench.utility import answers
 
@@ -148,3 +148,15 @@ def test_a_broken_contract_is_refused_in_one_line(make, cls, words):
 def test_the_wiring_cannot_be_overridden(name):
     with pytest.raises(PluginError, match=rf"overrides {name}"):
         type("Mine", (Honest,), {name: lambda self, *_: None})
+
+
+class Collapsed(Honest):
+    """Sends the same features for every image, as a training under heavy penalties may end."""
+
+    def protect(self, images):
+        return (0 * self.client(images) + 0.3,)
+
+
+def test_a_collapsed_training_is_one_clear_line(make):
+    with pytest.raises(DivergedError, match=r"defense honest: .* same message for every image"):
+        check_contract(make(Collapsed), torch.rand(4, 3, 16, 16))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from mibench.errors import MibenchError
+from mibench.errors import DivergedError
 from mibench.files import canonical_json
 from mibench.protocol import Recipe
 from mibench.training import augment, optimise, shuffled_batch
@@ -127,7 +127,7 @@ def test_the_global_random_state_neither_matters_nor_changes():
 def test_training_learns_leaves_evaluation_mode_and_keeps_frozen_parts():
     net, frozen = network(), network()[0].bias.clone()
     facts = train(net, MemoryCheckpoint(), recipe(steps=150, optimizer="adamw", lr=0.02))
-    course = facts["losses"]["fit"]
+    course = facts["fit"]
     assert course[0][0] == 0
     assert course[-1][0] == 149
     assert course[-1][1] < 0.6 * course[0][1]
@@ -137,14 +137,19 @@ def test_training_learns_leaves_evaluation_mode_and_keeps_frozen_parts():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_ends_in_one_line(value):
-    net = network()
+def test_a_training_that_diverges_ends_in_one_line_and_keeps_its_last_good_state(value):
+    net, checkpoint, seen = network(), MemoryCheckpoint(every=99), []
 
     def losses(step):
-        return {"fit": net(torch.ones(4, 6)).mean() * (value if step.index >= 5 else 1.0)}
+        seen.append(net[0].weight.detach().clone())
+        fit = net(torch.ones(4, 6)).mean()
+        return {"fit": fit, "size": fit.square() * (value if step.index >= 5 else 1.0)}
 
-    with pytest.raises(MibenchError, match=r"toy: the loss is .* lower the learning rate"):
-        optimise(net, losses, recipe(), seed=0, checkpoint=MemoryCheckpoint(), title="toy")
+    with pytest.raises(DivergedError, match=r"toy diverged at step 5: the loss term size is .*4"):
+        optimise(net, losses, recipe(), seed=0, checkpoint=checkpoint, title="toy")
+    ((tensors, facts),) = checkpoint.saved
+    assert facts["step"] == 4
+    assert torch.equal(tensors["module.0.weight"], seen[4])
 
 
 def test_the_average_is_that_of_all_steps_with_a_shorter_memory_at_first():

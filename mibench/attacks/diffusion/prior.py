@@ -106,12 +106,12 @@ def get_prior(
             images = augment(auxiliary.images(index), recipe, step.generator)
             return {"eps": _denoising_error(prior, images.to(workshop.device), step.generator)}
 
-        facts = optimise(
+        course = optimise(
             prior, losses, recipe, seed=seed, checkpoint=checkpoint,
             title="Training diffusion prior",
         )  # fmt: skip
-        facts["validation_loss"] = _validation_error(prior, workshop, validation)
-        return prior.state_dict(), facts
+        error = _validation_error(prior, workshop, validation)
+        return prior.state_dict(), {"losses": dict(course), "validation_loss": error}
 
     spec: dict[str, Json] = {
         "params": params.model_dump(mode="json"),

@@ -1,0 +1,316 @@
+"""Cards: what a defense claims, how it is run here, and what was measured, one file for each.
+
+``python -m mibench.cards RUN...`` puts the records of finished runs into ``baselines/*/card.yaml``
+and writes ``baselines/README.md`` from the cards. Run it from the root of the repository.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from pydantic import Field, JsonValue
+
+from mibench.errors import InvalidParamsError, MibenchError
+from mibench.files import write_atomically
+from mibench.params import Parameters, build, parse_yaml
+from mibench.record import Record, Score, read_record
+from mibench.registry import defenses
+
+MEASURED = "measured:"
+"""First words of a card's last part, the one that is written by this module."""
+
+
+class Paper(Parameters):
+    """Where a method was published."""
+
+    title: str
+    authors: str
+    venue: str
+    arxiv: str | None = Field(default=None, pattern=r"^\d{4}\.\d{4,5}$")
+    code: str | None = None
+
+
+class Claim(Parameters):
+    """What the paper says of its method, and where it says so."""
+
+    text: str
+    source: str
+
+
+class Families(Parameters):
+    """Whether the defense works on maps (ResNets) and on tokens (vision transformers), and how."""
+
+    maps: str
+    tokens: str
+
+
+class Setting(Parameters):
+    """Parameters under one protocol that differ from the defaults, and why."""
+
+    protocol: str
+    values: dict[str, JsonValue]
+    why: str
+
+
+class Strength(Parameters):
+    """The parameter that trades accuracy for leakage, and values from weak to strong."""
+
+    parameter: str
+    values: tuple[JsonValue, ...]
+
+
+class Interval(Parameters):
+    """A score with its 95 % interval over images."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
+class Measurement(Parameters):
+    """One run, from its record.
+
+    Attributes:
+        protocol: its id.
+        content: hash of the protocol's content.
+        attack: who attacked.
+        params: parameters of the defense that differ from the defaults.
+        seed: of the run.
+        images: number of attacked images.
+        code: hash of the defense's code.
+        accuracy: of the defended model on all private images.
+        undefended_accuracy: of the model without a defense.
+        psnr: of the reconstructions, dB.
+        ssim: of the reconstructions.
+        floor_psnr: of the best blind guess.
+        floor_ssim: of the best blind guess.
+        leakage: normalised leakage in SSIM; null where the record has none.
+        client_flops: two for each multiply-add, of protection and fusion.
+        client_parameters: of what runs on the client.
+        bytes_up: sent for one image.
+        facts: plain values that the defense reported of itself.
+    """
+
+    protocol: str
+    content: str
+    attack: str
+    params: dict[str, JsonValue]
+    seed: int
+    images: int
+    code: str
+    accuracy: float
+    undefended_accuracy: float
+    psnr: Interval
+    ssim: Interval
+    floor_psnr: float
+    floor_ssim: float
+    leakage: Interval | None
+    client_flops: int
+    client_parameters: int
+    bytes_up: int
+    facts: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        """What tells one measurement from another; a newer one takes its place."""
+        return self.protocol, str(sorted(self.params.items())), self.attack, self.seed
+
+
+class Card(Parameters):
+    """All of a ``card.yaml``."""
+
+    name: str
+    title: str
+    paper: Paper | None
+    idea: str
+    claims: tuple[Claim, ...]
+    families: Families
+    parameters: tuple[Setting, ...]
+    strength: Strength | None
+    differences: tuple[str, ...]
+    measured: tuple[Measurement, ...]
+
+
+def load_card(path: Path) -> Card:
+    """Reads one card.
+
+    Raises:
+        InvalidParamsError: it is not YAML, or a key or value is wrong.
+    """
+    values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(values, dict):
+        raise InvalidParamsError(f"{path} must be a mapping of keys to values")
+    return build(Card, values, str(path))
+
+
+def measurement(record: Record) -> Measurement:
+    """Returns what a card keeps of a successful record."""
+    assert record.cost is not None
+    assert record.data is not None
+    defaults = _defaults(record.defense.name)
+    given = record.defense.params
+    return Measurement(
+        protocol=record.protocol.id,
+        content=record.protocol.content,
+        attack=record.attack.name,
+        params={k: v for k, v in given.items() if k not in defaults or defaults[k] != v},
+        seed=record.seed,
+        images=record.data.images["attacked"],
+        code=record.defense.code,
+        accuracy=_value(record.utility, "accuracy"),
+        undefended_accuracy=_value(record.utility, "undefended accuracy"),
+        psnr=_interval(record.scores, "psnr"),
+        ssim=_interval(record.scores, "ssim"),
+        floor_psnr=_value(record.prior_only, "psnr"),
+        floor_ssim=_value(record.prior_only, "ssim"),
+        leakage=_interval_or_none(record.leakage, "ssim"),
+        client_flops=record.cost.client_flops,
+        client_parameters=record.cost.client_parameters,
+        bytes_up=record.cost.bytes_up,
+        facts={k: v for k, v in record.defense_facts.items() if _is_plain(k, v)},
+    )
+
+
+def collect(folder: Path, records: Sequence[Record]) -> list[Path]:
+    """Puts measurements into the cards of a folder; a newer one of the same run replaces the old.
+
+    Args:
+        folder: holds ``<name>/card.yaml``.
+        records: of runs; those that did not succeed and those of defenses without a card are left
+            out.
+
+    Returns:
+        The cards that were written.
+    """
+    written = []
+    for path in sorted(folder.glob("*/card.yaml")):
+        card = load_card(path)
+        own = [r for r in records if r.status == "success" and r.defense.name == card.name]
+        if not own:
+            continue
+        rows = {row.key: row for row in [*card.measured, *map(measurement, own)]}
+        text = path.read_text(encoding="utf-8")
+        head = text[: text.index(f"\n{MEASURED}") + 1]
+        dumped = [rows[key].model_dump(mode="json") for key in sorted(rows)]
+        tail = yaml.safe_dump({"measured": dumped}, sort_keys=False, default_flow_style=None)
+        write_atomically(path, (head + tail).encode())
+        written.append(path)
+    return written
+
+
+def page(cards: Sequence[Card]) -> str:
+    """Returns ``baselines/README.md``: what each card says, and one table for each protocol."""
+    lines = [
+        "# Baselines",
+        "",
+        "One folder for each built-in defense, with a card: its paper, what that claims, the",
+        "parameters used here, what was measured, and where this implementation differs. This page",
+        "is written from the cards by `python -m mibench.cards`.",
+        "",
+        "| defense | paper | maps | tokens | strength |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for card in cards:
+        paper = "-" if card.paper is None else f"{card.paper.authors}, {card.paper.venue}"
+        knob = f"`{card.strength.parameter}`" if card.strength else "-"
+        words = [f"[`{card.name}`]({card.name}/card.yaml)", paper]
+        words += [card.families.maps, card.families.tokens, knob]
+        lines.append(f"| {' | '.join(words)} |")
+    for protocol in sorted({row.protocol for card in cards for row in card.measured}):
+        lines += ["", *_table(protocol, cards)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(protocol: str, cards: Sequence[Card]) -> list[str]:
+    rows = [(card, row) for card in cards for row in card.measured if row.protocol == protocol]
+    attacks = sorted({row.attack for _, row in rows})
+    runs: dict[tuple[str, str, int], dict[str, Measurement]] = {}
+    for card, row in rows:
+        runs.setdefault((card.name, _spelled(row.params), row.seed), {})[row.attack] = row
+    some = rows[0][1]
+    floors = sorted({f"{row.floor_psnr:.1f} dB / {row.floor_ssim:.2f}" for _, row in rows})
+    heads = ["defense", "accuracy", *(f"{attack}: PSNR / SSIM" for attack in attacks)]
+    heads += ["worst leakage (SSIM)", "client MFLOPs", "KB sent"]
+    lines = [
+        f"## {protocol}",
+        "",
+        f"Content `{some.content}`; {some.images} images attacked; floor (best blind guess, PSNR /",
+        f"SSIM): {', '.join(floors)}; {100 * some.undefended_accuracy:.1f} % without a defense.",
+        "Sorted by worst leakage, which is that of the strongest attack here: 0 is a blind guess,",
+        "1 the undefended split. In brackets: 95 % intervals over images.",
+        "",
+        f"| {' | '.join(heads)} |",
+        f"|{' --- |' * len(heads)}",
+    ]
+    for (name, params, seed), found in sorted(runs.items(), key=lambda one: -_worst(one[1])):
+        first = next(iter(found.values()))
+        label = f"`{name}`" + (f" {params}" if params else "") + (f", seed {seed}" if seed else "")
+        cells = [label, f"{100 * first.accuracy:.1f} %"]
+        scores = (found.get(attack) for attack in attacks)
+        cells += [f"{one.psnr.value:.1f} / {one.ssim}" if one else "-" for one in scores]
+        cells.append(f"{_worst(found):.2f}" if name != "none" else "1")
+        cells += [f"{first.client_flops / 1e6:.2f}", f"{first.bytes_up / 1024:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _worst(found: dict[str, Measurement]) -> float:
+    known = [row.leakage.value for row in found.values() if row.leakage is not None]
+    return max(known, default=float("inf"))
+
+
+def _spelled(params: dict[str, JsonValue]) -> str:
+    return ", ".join(f"`{key}={value}`" for key, value in sorted(params.items()))
+
+
+def _defaults(name: str) -> dict[str, JsonValue]:
+    values: dict[str, JsonValue] = defenses.load(name).Params().model_dump(mode="json")
+    return values
+
+
+def _value(scores: Sequence[Score], metric: str) -> float:
+    (found,) = (score.value for score in scores if score.metric == metric)
+    assert found is not None, f"{metric} was not computed"
+    return round(found, 6)
+
+
+def _interval(scores: Sequence[Score], metric: str) -> Interval:
+    found = _interval_or_none(scores, metric)
+    assert found is not None, f"{metric} was not computed"
+    return found
+
+
+def _interval_or_none(scores: Sequence[Score], metric: str) -> Interval | None:
+    (score,) = (score for score in scores if score.metric == metric)
+    if score.value is None or score.ci_low is None or score.ci_high is None:
+        return None
+    low, high = round(score.ci_low, 6), round(score.ci_high, 6)
+    return Interval(value=round(score.value, 6), low=low, high=high)
+
+
+def _is_plain(name: str, value: JsonValue) -> bool:
+    if name in ("artifact", "initial_weights", "steps", "losses"):
+        return False
+    return not isinstance(value, list | dict) or len(str(value)) <= 80
+
+
+def main(arguments: Sequence[str], folder: Path = Path("baselines")) -> int:
+    """Collects the records of the given run folders and writes the page; returns the exit code."""
+    try:
+        collect(folder, [read_record(Path(one)) for one in arguments])
+        cards = [load_card(path) for path in sorted(folder.glob("*/card.yaml"))]
+        write_atomically(folder / "README.md", page(cards).encode())
+    except MibenchError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
