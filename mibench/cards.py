@@ -169,7 +169,7 @@ def measurement(record: Record) -> Measurement:
         ssim=_interval(record.scores, "ssim"),
         floor_psnr=_value(record.prior_only, "psnr"),
         floor_ssim=_value(record.prior_only, "ssim"),
-        leakage=_interval_or_none(record.leakage, "ssim"),
+        leakage=_interval_or_none(record.leakage, "leakage(ssim)"),
         client_flops=record.cost.client_flops,
         client_parameters=record.cost.client_parameters,
         bytes_up=record.cost.bytes_up,
@@ -202,6 +202,16 @@ def collect(folder: Path, records: Sequence[Record]) -> list[Path]:
         write_atomically(path, (head + tail).encode())
         written.append(path)
     return written
+
+
+def strongest(rows: Sequence[Measurement]) -> list[Measurement]:
+    """Returns, of each run, the row of the attack whose reconstructions have the highest SSIM."""
+    found: dict[tuple[str, str, int], Measurement] = {}
+    for row in rows:
+        run = (row.protocol, _spelled(row.params), row.seed)
+        if run not in found or row.ssim.value > found[run].ssim.value:
+            found[run] = row
+    return list(found.values())
 
 
 def page(cards: Sequence[Card]) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -20,7 +21,13 @@ from mibench.errors import DivergedError, InvalidParamsError, PluginError, blami
 from mibench.files import Json, canonical_json, content_id
 from mibench.job import Job
 from mibench.params import build
-from mibench.registry import defenses, fingerprint, lineage, package_fingerprint
+from mibench.registry import (
+    defenses,
+    fingerprint,
+    imported_fingerprint,
+    lineage,
+    package_fingerprint,
+)
 from mibench.task import Task
 from mibench.training import Step
 
@@ -158,19 +165,23 @@ def load_weights(defense: Defense, job: Job) -> tuple[Artifact, Json]:
 
 def _made_of(defense: Defense, job: Job) -> dict[str, Json]:
     """What the meaning of the weights follows from."""
+    # A control holds another defense.
+    methods = [one for one in defense.modules() if isinstance(one, Defense)]
     return {
         "defense": job.defense,
         "params": defense.params.model_dump(mode="json"),
         "backbone": job.protocol.backbone.model_dump(mode="json"),
         "code": [
-            *lineage(type(defense)),
-            fingerprint(Defense),
+            *chain.from_iterable(_code_of(type(one)) for one in methods),
             package_fingerprint("mibench.backbones"),
-            package_fingerprint("mibench.defenses.parts"),
             fingerprint(Step),
         ],
         "task": [type(defense.task).__name__, defense.task.outputs],
     }
+
+
+def _code_of(method: type) -> list[str]:
+    return [*lineage(method), imported_fingerprint(method, "mibench.defenses.parts")]
 
 
 def _difference(key: str, had: Mapping[str, Json], wanted: Mapping[str, Json]) -> str:

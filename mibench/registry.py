@@ -573,7 +573,7 @@ def fingerprint(cls: type) -> str:
     """Hash of the code of the module that defines a class.
 
     Comments, docstrings and layout do not count. Other modules that the class uses do not either:
-    `lineage` covers its ancestors and `package_fingerprint` the helpers beside a built-in.
+    `lineage` covers its ancestors, `imported_fingerprint` and `package_fingerprint` its helpers.
 
     Args:
         cls: The class.
@@ -584,6 +584,10 @@ def fingerprint(cls: type) -> str:
     Raises:
         PluginError: If the source cannot be had, as for a class typed into a prompt.
     """
+    return hashlib.sha256(_normal(_tree(cls)).encode()).hexdigest()[:16]
+
+
+def _tree(cls: type) -> ast.Module:
     source: bytes | str | None = _sources.get(cls.__module__)
     if source is None:
         file = _file_of(cls)
@@ -596,7 +600,7 @@ def fingerprint(cls: type) -> str:
             raise PluginError(
                 f"the source of {_place(cls)} cannot be had; put the class into a file"
             ) from error
-    return hashlib.sha256(_normal(ast.parse(source)).encode()).hexdigest()[:16]
+    return ast.parse(source)
 
 
 def lineage(cls: type) -> list[str]:
@@ -605,9 +609,45 @@ def lineage(cls: type) -> list[str]:
     Raises:
         PluginError: As `fingerprint`.
     """
+    return [fingerprint(one) for one in _own(cls)]
+
+
+def _own(cls: type) -> list[type]:
     foreign = {"abc", "builtins", "pydantic", "torch", "typing"}
-    own = (one for one in cls.__mro__ if one.__module__.partition(".")[0] not in foreign)
-    return [fingerprint(one) for one in own]
+    return [one for one in cls.__mro__ if one.__module__.partition(".")[0] not in foreign]
+
+
+def imported_fingerprint(cls: type, package: str) -> str:
+    """Hash of the code of those modules of a package that a class and its ancestors import.
+
+    What these import from the same package counts too. An edit of a helper thus concerns its users
+    alone.
+
+    Args:
+        cls: The class.
+        package: Such as ``mibench.defenses.parts``.
+
+    Raises:
+        PluginError: As `fingerprint`.
+    """
+    waiting = [name for one in _own(cls) for name in _imports(_tree(one), package)]
+    found: dict[str, str] = {}
+    while waiting:
+        name = waiting.pop()
+        spec = importlib.util.find_spec(name)
+        if name in found or spec is None or spec.origin is None:
+            continue
+        tree = ast.parse(Path(spec.origin).read_bytes())
+        found[name] = _normal(tree)
+        waiting += _imports(tree, package)
+    text = "\n".join(f"{name} {found[name]}" for name in sorted(found))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _imports(tree: ast.Module, package: str) -> list[str]:
+    """Names of the modules of a package that a file imports by ``from package.module import``."""
+    nodes = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module)
+    return [str(node.module) for node in nodes if str(node.module).startswith(f"{package}.")]
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Registries: listed without imports, loaded from everywhere, refused in one clear line."""
 
+import importlib
 import itertools
 import pickle
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 
 from mibench import registry
 from mibench.errors import PluginError, UnknownNameError
-from mibench.registry import Entry, Registry, fingerprint
+from mibench.registry import Entry, Registry, fingerprint, imported_fingerprint
 
 BASE = """
 from abc import ABC, abstractmethod
@@ -561,3 +562,28 @@ def test_the_five_registries_list_without_torch():
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_fingerprint_of_imported_helpers_changes_for_their_users_alone(tmp_path, monkeypatch):
+    package = tmp_path / "helpers_apart"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "one.py").write_text("from helpers_apart.deep import z\nx = z\n")
+    (package / "deep.py").write_text("z = 1\n")
+    (package / "two.py").write_text("y = 2\n")
+    for name in ("one", "two"):
+        text = f"from helpers_apart.{name} import {'xy'[name == 'two']}\n\n\nclass User:\n    pass\n"
+        (tmp_path / f"user_of_{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    users = [importlib.import_module(f"user_of_{name}").User for name in ("one", "two")]
+
+    def found():
+        return [imported_fingerprint(user, "helpers_apart") for user in users]
+
+    before = found()
+    (package / "deep.py").write_text("z = 1  # a remark\n")
+    assert found() == before
+    (package / "deep.py").write_text("z = 3\n")
+    after = found()
+    assert after[0] != before[0]
+    assert after[1] == before[1]

@@ -13,7 +13,7 @@ from mibench.backbones.base import Split
 from mibench.data.sets import ImageSet
 from mibench.defenses.base import Defense, Facts, Shares
 from mibench.defenses.parts.layers import channels_of, per_channel, standardisation
-from mibench.defenses.parts.mechanism import gaussian_epsilon
+from mibench.defenses.parts.mechanism import gaussian_epsilon, laplace_like
 from mibench.registry import defenses
 from mibench.training import Losses, Step
 
@@ -164,8 +164,5 @@ class Noise(Defense):
     def _noise(self, like: Tensor) -> Tensor:
         if self.params.law == "gaussian":
             return self.deviation * torch.randn_like(like)
-        # Laplace of unit variance has scale 1/sqrt(2); inverse of its distribution function.
-        # In full precision: a draw in bf16 can fall on the ends of the interval, at infinity.
-        u = torch.rand_like(like, dtype=torch.float32) - 0.5
-        draw = -u.sign() * torch.log1p(-2 * u.abs().clamp_max(0.5 - 1e-7)) / math.sqrt(2)
-        return self.deviation * draw
+        # Laplace of unit variance has scale 1/sqrt(2).
+        return self.deviation / math.sqrt(2) * laplace_like(like)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import combinations
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mibench.backbones.base import Split
-from mibench.backbones.tokens import to_map
-from mibench.defenses.base import Defense, Facts, Shares
+from mibench.backbones.tokens import to_map, to_tokens
+from mibench.data.sets import ImageSet
+from mibench.defenses.base import Defense, Facts, Phase, Shares
 from mibench.errors import InvalidParamsError
 from mibench.registry import defenses
 from mibench.training import Losses, Step
@@ -31,6 +34,13 @@ LEAKAGE_BLOCK = 32
 """Side of the pixel block of one place; larger blocks are averaged down to it."""
 RIDGE = 1e-3
 """Penalty of the closed-form proxy attacker, relative to the mean variance of its inputs."""
+SCORED_IMAGES = 2048
+"""Training images on which the policy `information` scores the units."""
+SCORED_SIDE = 8
+"""Side in pixels, at most, to which images and units are averaged down for that score."""
+LIVE = 0.05
+"""Units whose deviation is less than so many times that of the median unit are dead."""
+CHUNK = 128
 
 
 @defenses.register("privdfs", servers="K", randomness="none", paper="PrivDFS v2, arXiv 2508.04346")
@@ -45,7 +55,9 @@ class PrivDFS(Defense):
     A *unit* is one channel at one phase of a grid of period p: the feature map (C, H, W) becomes
     C p^2 maps of (H/p, W/p). p = 1 masks channels, p = H masks single elements, and in between a
     share stays a compact map that convolutions can read. The tokens of a vision transformer are
-    laid out on their grid, as the map (D, g, g), and cut like any map.
+    laid out on their grid, as the map (D, g, g), and cut like any map. With ``unit=token`` a unit
+    is one place with all its channels: a share is n tokens, each with a code of its place added by
+    the branch.
 
     From the abstract of v2: learnable binary masks, sparse and largely non-overlapping shares, a
     branch per server, a light fusion of the branches' predictions on the client. Inferred here,
@@ -58,10 +70,17 @@ class PrivDFS(Defense):
 
     where R2_k is the share of the image's variance that the best linear decoder of share k explains
     (a ridge regression in closed form on the batch, from 3x3 neighbourhoods of the share to the
-    pixels below it). Without that term masks have no reason to prefer one unit over another. For
-    vision transformers, which the abstract does not speak of, also: the units of a token grid; that
-    class tokens are not sent, so that each branch pools its own share; and that the leakage term of
-    large images is that of a thinned-out one, see `explained_variance`.
+    pixels below it, or from a token to the pixels below it). It pulls at the stem. Masks of phases
+    hardly feel it, since a factor in front of a unit is nothing to a linear decoder: with it or
+    without, those masks are learned from the task. For vision transformers, of which the abstract
+    says no more than that the method applies to them, also: the units of a token grid; and that
+    class tokens are not sent, so that each branch pools its own share. The leakage term of large
+    images is that of a thinned-out one, see `explained_variance`.
+
+    Two more policies stand beside the learned masks. ``random`` keeps the first ones, as a control.
+    ``information``, which is ours, trains the undefended split in the first half, freezes it,
+    scores each unit by the variance of the image that it explains alone, and deals the K n lowest
+    live ones to the shares in turn; branches and fusion learn in the second half.
     """
 
     class Params(Defense.Params):
@@ -71,14 +90,32 @@ class PrivDFS(Defense):
         density: float = Field(
             default=0.0625, gt=0, le=1, description="share of all features that one server receives"
         )
-        period: int = Field(default=2, ge=1, description="p, grid period of a unit; 1 is a channel")
+        unit: Literal["phase", "token"] = Field(
+            default="phase",
+            description="what masks keep: a channel at one phase of a grid, or a whole token",
+        )
+        period: int = Field(
+            default=2, ge=1, description="p, grid period of a phase; 1 is a whole channel"
+        )
         width: int = Field(default=48, ge=4, description="channels of a branch's first stage")
         embedding: int = Field(
             default=0, ge=0, description="values that a branch replies beside its class scores"
         )
         branch: float = Field(default=0.3, ge=0, description="b, weight of the branches' own loss")
         leakage: float = Field(default=0.3, ge=0, description="l, weight of the leakage term")
-        learned: bool = Field(default=True, description="false keeps random masks, as a control")
+        masks: Literal["learned", "random", "information"] = Field(
+            default="learned",
+            description="learned with the model, random as a control, or the least telling units",
+        )
+
+        @model_validator(mode="after")
+        def _reachable(self) -> Self:
+            if self.masks == "information" and self.leakage:
+                raise ValueError(
+                    "masks=information freezes the client before it sends shares, so the leakage "
+                    f"term could change nothing: set leakage to 0 (it is {self.leakage:g})"
+                )
+            return self
 
     params: Params
     assignment: Tensor  # (K, n) unit indices
@@ -86,37 +123,51 @@ class PrivDFS(Defense):
     def __init__(self, split: Split, params: Params) -> None:
         super().__init__(split, params)
         self.prefix = split.prefix_tokens
+        self.image_values = math.prod(split.image_shape)
         example = to_map(torch.zeros(1, *split.feature_shape), self.prefix)
         channels, height, width = example.shape[1:]
         p, k = params.period, params.servers
-        if height % p or width % p:
+        self.grid = (height, width)
+        self.unit_shape: tuple[int, ...]
+        if params.unit == "token":
+            self.units, self.unit_shape = height * width, (channels,)
+        elif height % p or width % p:
             raise InvalidParamsError(
-                f"privdfs.period is {p}, which does not divide the feature map of "
+                f"{self.name}.period is {p}, which does not divide the feature map of "
                 f"{height}x{width}; choose a divisor."
             )
-        self.units = channels * p * p
-        self.unit_shape = (height // p, width // p)
+        else:
+            self.units, self.unit_shape = channels * p * p, (height // p, width // p)
         self.kept = max(1, round(params.density * self.units))
         if k * self.kept > self.units:
             raise InvalidParamsError(
-                f"privdfs: {k} servers with density {params.density} need {k * self.kept} units, "
-                f"but there are {self.units}; shares do not overlap, so density can be at most "
-                f"{1 / k:.4g}."
+                f"{self.name}: {k} servers with density {params.density} need {k * self.kept} "
+                f"units, but there are {self.units}; shares do not overlap, so density can be at "
+                f"most {1 / k:.4g}."
             )
-        del self.server  # every server has a branch of its own instead
+        if params.masks != "information":
+            del self.server  # every server has a branch of its own instead
         self.logits = nn.Parameter(0.01 * torch.randn(k * self.units))
-        # First layer of every branch, with a column for each unit it might receive.
-        self.embed = nn.Parameter(torch.randn(k, params.width, self.units) / self.kept**0.5)
-        shape = (params.width, *self.unit_shape)
-        self.branches = nn.ModuleList(
-            nn.Sequential(
-                nn.BatchNorm2d(params.width),
-                split.branch(shape, split.classes + params.embedding, params.width),
+        outputs = split.classes + params.embedding
+        if params.unit == "token":
+            # A code for each place that a branch might receive.
+            self.embed = nn.Parameter(0.02 * torch.randn(k, self.units, channels))
+            share_shape = (self.kept, channels)
+            self.branches = nn.ModuleList(
+                split.branch(share_shape, outputs, params.width) for _ in range(k)
             )
-            for _ in range(k)
-        )
+        else:
+            # First layer of every branch, with a column for each unit it might receive.
+            self.embed = nn.Parameter(torch.randn(k, params.width, self.units) / self.kept**0.5)
+            map_shape = (params.width, *self.unit_shape)
+            self.branches = nn.ModuleList(
+                nn.Sequential(
+                    nn.BatchNorm2d(params.width), split.branch(map_shape, outputs, params.width)
+                )
+                for _ in range(k)
+            )
         self.classes = split.classes
-        replied = k * (split.classes + params.embedding)
+        replied = k * outputs
         self.fusion = nn.Sequential(
             nn.LayerNorm(replied),
             nn.Linear(replied, 64),
@@ -126,21 +177,48 @@ class PrivDFS(Defense):
         self.register_buffer("assignment", torch.zeros(k, self.kept, dtype=torch.int64))
         self._assign()
         self.first_assignment = self.assignment.clone()
+        self.client_is_frozen = False
 
     @property
     def servers(self) -> int:
         """K."""
         return self.params.servers
 
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """One, or the undefended split first and then, on its frozen stem, branches and fusion."""
+        if self.params.masks == "information":
+            return (Phase("stem", 0.5), Phase("branches", 0.5))
+        return super().phases
+
+    def begin(self, phase: str, train: ImageSet) -> None:
+        """Freezes the trained stem and deals its least telling units."""
+        if phase == "branches":
+            self.client_is_frozen = True
+            for finished in (self.client, self.server):
+                finished.eval().requires_grad_(requires_grad=False)
+            self._deal(train)
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the mode; a frozen client keeps its batch statistics."""
+        super().train(mode)
+        if self.client_is_frozen:
+            self.client.eval()
+        return self
+
     def protect(self, images: Tensor) -> Shares:
-        """Returns K shares (B, n, H/p, W/p) of kept entries only."""
-        units = self._unit_maps(images)
+        """Returns K shares of kept entries only: (B, n, H/p, W/p), or n tokens (B, n, C)."""
+        units = self._cut(images)
         return tuple(units[:, kept] for kept in self.assignment)
 
     def serve(self, index: int, share: Tensor) -> Tensor:
-        """Branch ``index``: share (B, n, H/p, W/p) → class scores (B, classes), and embedding."""
-        weight = self.embed[index][:, self.assignment[index], None, None]
-        reply: Tensor = self.branches[index](F.conv2d(share, weight))
+        """Branch ``index``: its share → class scores (B, classes), and embedding."""
+        kept = self.assignment[index]
+        if self.params.unit == "token":
+            entered = share + self.embed[index][kept]
+        else:
+            entered = F.conv2d(share, self.embed[index][:, kept, None, None])
+        reply: Tensor = self.branches[index](entered)
         return reply
 
     def fuse(self, replies: tuple[Tensor, ...]) -> Tensor:
@@ -150,26 +228,34 @@ class PrivDFS(Defense):
 
     def loss(self, images: Tensor, labels: Tensor, step: Step) -> Losses:
         """CE of the fused prediction, of the branches, and the worst share's linear leakage."""
-        learning = self.params.learned and step.progress < FREEZE
-        units = self._unit_maps(images)
-        if learning:
-            if step.index % REASSIGN_EVERY == 0:
-                self._assign()
-            masks = self._straight_through()
-            shares = tuple(
-                units[:, kept] * mask[kept, None, None]
-                for mask, kept in zip(masks, self.assignment, strict=True)
-            )
-            # Masking the first layer's weights is masking its input, and much cheaper; dropped
-            # units take part, so that gradients tell what they would be worth.
-            weight = (self.embed * masks[:, None]).flatten(0, 1)
-            embedded = F.conv2d(units, weight[..., None, None]).chunk(self.servers, dim=1)
-            replies = tuple(
-                branch(part) for branch, part in zip(self.branches, embedded, strict=True)
-            )
-        else:
+        if step.phase == "stem":
+            return {"task": self.task.loss(self.server(self.client(images)), labels)}
+        shares, replies = self._exchange(images, step)
+        return self._terms(shares, replies, images, labels)
+
+    def _exchange(self, images: Tensor, step: Step) -> tuple[Shares, Shares]:
+        """Shares and replies of a training step; while masks are learned, gradients reach them."""
+        units = self._cut(images)
+        if self.params.masks != "learned" or step.progress >= FREEZE:
             shares = tuple(units[:, kept] for kept in self.assignment)
-            replies = tuple(self.serve(k, share) for k, share in enumerate(shares))
+            return shares, tuple(self.serve(k, share) for k, share in enumerate(shares))
+        if step.index % REASSIGN_EVERY == 0:
+            self._assign()
+        masks = self._straight_through()
+        shares = tuple(
+            units[:, kept] * mask[kept].view(-1, *(1,) * len(self.unit_shape))
+            for mask, kept in zip(masks, self.assignment, strict=True)
+        )
+        if self.params.unit == "token":
+            return shares, tuple(self.serve(k, share) for k, share in enumerate(shares))
+        # Masking the first layer's weights is masking its input, and much cheaper; dropped
+        # units take part, so that gradients tell what they would be worth.
+        weight = (self.embed * masks[:, None]).flatten(0, 1)
+        embedded = F.conv2d(units, weight[..., None, None]).chunk(self.servers, dim=1)
+        replies = (branch(part) for branch, part in zip(self.branches, embedded, strict=True))
+        return shares, tuple(replies)
+
+    def _terms(self, shares: Shares, replies: Shares, images: Tensor, labels: Tensor) -> Losses:
         terms = {"task": self.task.loss(self.fuse(replies), labels)}
         if self.params.branch:
             scores = [reply[:, : self.classes] for reply in replies]
@@ -177,32 +263,72 @@ class PrivDFS(Defense):
             terms["branch"] = self.params.branch * own.mean()
         if self.params.leakage:
             some = slice(0, LEAKAGE_IMAGES)
-            explained = torch.stack(
-                [explained_variance(share[some], images[some]) for share in shares]
-            )
-            terms["leakage"] = self.params.leakage * explained.max()
+            explained = [
+                self._explained(k, share[some], images[some]) for k, share in enumerate(shares)
+            ]
+            terms["leakage"] = self.params.leakage * torch.stack(explained).max()
         return terms
 
     def describe(self) -> Facts:
-        """Size of the shares against the image, and how many units the learning has moved."""
+        """Size of the shares, also against the image, their overlap, and what learning moved."""
+        shares = [set(row.tolist()) for row in self.assignment]
         first = [set(row.tolist()) for row in self.first_assignment]
-        moved = [
-            len(set(row.tolist()) - one) for row, one in zip(self.assignment, first, strict=True)
-        ]
-        height, width = self.unit_shape
+        sizes = [len(share) for share in shares]
+        common = [len(a & b) / min(len(a), len(b)) for a, b in combinations(shares, 2)]
+        values = self.kept * math.prod(self.unit_shape)
         return {
             "units": self.units,
             "units_per_share": self.kept,
-            "values_per_share": self.kept * height * width,
-            "units_moved": moved,
+            "values_per_share": values,
+            "share_to_image": values / self.image_values,
+            "density": self.kept / self.units,
+            "overlap": max(common),
+            "balance": min(sizes) / max(sizes),
+            "units_moved": [len(now - one) for now, one in zip(shares, first, strict=True)],
+        }
+
+    @torch.no_grad()
+    def examine(self, images: ImageSet) -> Facts:
+        """Accuracy fused, of each branch alone, and fused while each branch's reply is zeros.
+
+        What a branch tells alone is learned by its own loss: without it (b = 0) it says nothing.
+        """
+        device = self.assignment.device
+        found = []
+        labels = torch.split(images.labels, CHUNK)
+        for some, wanted in zip(images.chunks(CHUNK), labels, strict=True):
+            shares = self.protect(some.to(device))
+            replies = tuple(self.serve(k, share) for k, share in enumerate(shares))
+            alone = [reply[:, : self.classes] for reply in replies]
+            without = [
+                self.fuse((*replies[:k], torch.zeros_like(replies[k]), *replies[k + 1 :]))
+                for k in range(self.servers)
+            ]
+            told = [self.fuse(replies), *alone, *without]
+            found.append(torch.stack([self.task.correct(t, wanted.to(device)) for t in told]))
+        means = torch.cat(found, dim=1).mean(1).tolist()
+        fused, *rest = (round(mean, 4) for mean in means)
+        return {
+            "fused_accuracy": fused,
+            "branch_accuracy": rest[: self.servers],
+            "accuracy_without": rest[self.servers :],
         }
 
     def client_modules(self) -> Iterable[nn.Module]:
         """Stem and fusion run on the client."""
         return [self.client, self.fusion]
 
-    def _unit_maps(self, images: Tensor) -> Tensor:
-        return F.pixel_unshuffle(to_map(self.client(images), self.prefix), self.params.period)
+    def _cut(self, images: Tensor) -> Tensor:
+        """All units (B, M, H/p, W/p), or (B, M, C) where they are tokens."""
+        features = to_map(self.client(images), self.prefix)
+        if self.params.unit == "token":
+            return to_tokens(features)
+        return F.pixel_unshuffle(features, self.params.period)
+
+    def _explained(self, index: int, share: Tensor, images: Tensor) -> Tensor:
+        if self.params.unit == "token":
+            return explained_by_tokens(share, images, self.assignment[index], self.grid)
+        return explained_variance(share, images)
 
     def _straight_through(self) -> Tensor:
         """Masks (K, M): exactly 0 or 1 forward, gradients of the soft assignment backward."""
@@ -226,6 +352,19 @@ class PrivDFS(Defense):
         chosen = torch.tensor([sorted(share) for share in shares])
         self.assignment.copy_(chosen)
 
+    @torch.no_grad()
+    def _deal(self, train: ImageSet) -> None:
+        """Deals the K n live units that tell least of the image, by rank, to the shares in turn."""
+        device = self.assignment.device
+        batches = (some.to(device) for some in train.take(SCORED_IMAGES).chunks(CHUNK))
+        explained, deviation = explained_alone(
+            (_averaged(self._cut(images)), _averaged(images).flatten(1)) for images in batches
+        )
+        dead = deviation <= LIVE * deviation.median()
+        # No unit explains more than everything, so the dead ones come last.
+        order = (explained + 2 * dead).argsort(stable=True)[: self.servers * self.kept]
+        self.assignment.copy_(order.view(self.kept, self.servers).T.sort(1).values)
+
 
 def explained_variance(share: Tensor, images: Tensor) -> Tensor:
     """Share of the images' variance that the best local linear decoder explains, in [0, 1].
@@ -244,20 +383,87 @@ def explained_variance(share: Tensor, images: Tensor) -> Tensor:
         is too high where a share has many values and the batch few locations.
     """
     with torch.autocast(share.device.type, enabled=False):
-        height, width = share.shape[2:]
-        block = min(max(images.shape[-1] // width, 1), LEAKAGE_BLOCK)
-        if images.shape[2:] != (height * block, width * block):
-            images = F.adaptive_avg_pool2d(images, (height * block, width * block))
         # A linear decoder does not care about scale, so shrinking a unit must not look private.
         share = share.float()
         share = share / (share.std((0, 2, 3), keepdim=True) + 1e-4)
+        height, width = share.shape[2:]
         reach, step = 3 if width >= 4 else 1, math.ceil(max(height, width) / LEAKAGE_PLACES)
         x = F.unfold(share, reach, padding=reach // 2, stride=step).transpose(1, 2).flatten(0, 1)
-        y = F.pixel_unshuffle(images, block)[..., ::step, ::step]
-        y = y.flatten(2).transpose(1, 2).flatten(0, 1)
+        y = to_tokens(_blocks(images, height, width)[..., ::step, ::step]).flatten(0, 1)
         x, y = x - x.mean(0), y - y.mean(0)
-        xx, xy = x.T @ x / len(x), x.T @ y / len(x)
-        ridge = RIDGE * xx.diagonal().mean() + 1e-8
-        weights = torch.linalg.solve(xx + ridge * torch.eye(len(xx), device=xx.device), xy)
-        explained: Tensor = (weights * xy).sum() / y.square().mean(0).sum()
-        return explained
+        explained = _fitted(x.T @ x / len(x), x.T @ y / len(x))
+        return explained.sum() / y.square().mean(0).sum()
+
+
+def explained_by_tokens(
+    share: Tensor, images: Tensor, places: Tensor, grid: tuple[int, int]
+) -> Tensor:
+    """Share of the images' variance that the best linear decoder of single tokens explains.
+
+    One decoder for all places, from a token to the block of pixels that it stands for. Blocks whose
+    tokens are not sent count as unexplained.
+
+    Args:
+        share: (B, n, D).
+        images: (B, 3, H, W).
+        places: (n,), where on the grid, in reading order, the tokens stand.
+        grid: height and width of the grid of all tokens.
+
+    Returns:
+        Scalar in [0, 1], differentiable in the share; too high where n B is not much above D.
+    """
+    with torch.autocast(share.device.type, enabled=False):
+        share = share.float()
+        share = share / (share.std((0, 1)) + 1e-4)
+        blocks = to_tokens(_blocks(images, *grid))
+        whole = (blocks - blocks.mean((0, 1))).square().mean((0, 1)).sum()
+        x, y = share.flatten(0, 1), blocks[:, places].flatten(0, 1)
+        x, y = x - x.mean(0), y - y.mean(0)
+        explained = _fitted(x.T @ x / len(x), x.T @ y / len(x))
+        return explained.sum() / whole * (share.shape[1] / blocks.shape[1])
+
+
+def explained_alone(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Share of the targets' variance that the best linear decoder of each unit alone explains.
+
+    Args:
+        batches: values of the units (B, M, d) and targets (B, t).
+
+    Returns:
+        The explained share (M,) in [0, 1], and the units' standard deviation (M,) over the images.
+    """
+    count, sums = 0, [torch.zeros(())] * 5
+    for x, y in batches:
+        count += len(x)
+        products = torch.einsum("bmi,bmj->mij", x, x), torch.einsum("bmi,bt->mit", x, y)
+        parts = (x.sum(0), y.sum(0), y.square().sum(0), *products)
+        sums = [total.to(part.device) + part for total, part in zip(sums, parts, strict=True)]
+    x, y, yy, xx, xy = (total / count for total in sums)
+    xx, xy = xx - x[:, :, None] * x[:, None], xy - x[:, :, None] * y
+    explained = _fitted(xx, xy).sum((1, 2)) / (yy - y.square()).sum()
+    return explained, xx.diagonal(dim1=1, dim2=2).mean(1).clamp_min(0).sqrt()
+
+
+def _fitted(xx: Tensor, xy: Tensor) -> Tensor:
+    """Variance explained by a ridge fit with these covariances, by input and output (..., d, t)."""
+    ridge = RIDGE * xx.diagonal(dim1=-2, dim2=-1).mean(-1) + 1e-8
+    identity = torch.eye(xx.shape[-1], device=xx.device)
+    weights = torch.linalg.solve(xx + ridge[..., None, None] * identity, xy)
+    explained: Tensor = weights * xy
+    return explained
+
+
+def _blocks(images: Tensor, height: int, width: int) -> Tensor:
+    """Pixels below each place of a grid (B, 3 b^2, height, width), b at most `LEAKAGE_BLOCK`."""
+    block = min(max(images.shape[-1] // width, 1), LEAKAGE_BLOCK)
+    if images.shape[2:] != (height * block, width * block):
+        images = F.adaptive_avg_pool2d(images, (height * block, width * block))
+    return F.pixel_unshuffle(images, block)
+
+
+def _averaged(maps: Tensor) -> Tensor:
+    """Maps (B, n, h, w) as vectors (B, n, d) of `SCORED_SIDE` places a side; tokens stay."""
+    if maps.ndim == 3:
+        return maps
+    height, width = (min(side, SCORED_SIDE) for side in maps.shape[2:])
+    return F.adaptive_avg_pool2d(maps, (height, width)).flatten(2)

@@ -396,6 +396,28 @@ def test_the_whole_attack_runs_and_repeats(workshop, make_target, pictures, guid
     assert blind.max() <= 1
 
 
+def test_the_mean_of_samples_is_the_mean_of_single_ones(workshop, make_target, pictures):
+    def client(images):
+        return (nn.functional.avg_pool2d(images, 4),)
+
+    params = {
+        "start": "noise",
+        "sampler": {"steps": 4, "guidance": "dps"},
+        "tuning_images": 2,
+        "prior": TINY,
+    }
+    one, three = (Diffusion(Diffusion.Params(**params, samples=n), workshop) for n in (1, 3))
+    for attack in (one, three):
+        attack.prepare(make_target(client), pictures(32), pictures(4, seed=1))
+    shares = client(pictures(2, seed=2).images())
+    torch.manual_seed(0)
+    single = torch.stack([one.reconstruct(shares) for _ in range(3)])
+    torch.manual_seed(0)
+    together = three.reconstruct(shares)
+    assert single.std(0).max() > 0.01
+    torch.testing.assert_close(together, single.mean(0))
+
+
 def test_large_batches_are_sampled_in_groups(workshop, make_target, pictures, monkeypatch):
     monkeypatch.setattr(budget, "VALUES", 4 * 3 * 16 * 16)
     sizes = []

@@ -13,9 +13,38 @@ from mibench.registry import defenses
 from mibench.training import Step
 
 VARIANTS = {
-    "noise": [{}, {"law": "laplace"}],
-    "privdfs": [{}, {"learned": False}, {"period": 1, "servers": 3, "density": 0.25}],
+    "bottleneck": [{"of": "privdfs"}, {"of": "noise"}, {"of": "siftfunnel"}],
+    "deeper": [{"of": "noise"}],
+    "disco": [{}, {"ratio": 0.8, "adversarial": 0.3}],
+    "nopeek": [{}, {"dcor": "unbiased"}],
+    "dropout": [{}, {"rate": 0.3, "training": "post_hoc"}],
+    "noise": [
+        {},
+        {"law": "laplace"},
+        {"training": "post_hoc"},
+        {"place": "input"},
+        {"clip": True},
+    ],
+    "privdfs": [
+        {},
+        {"masks": "random"},
+        {"masks": "information", "leakage": 0.0},
+        {"period": 1, "servers": 3, "density": 0.25},
+        {"unit": "token"},
+    ],
+    "privdfs-at": [{}, {"unit": "token"}],
+    # Enough slots that two keys hardly ever agree in all of them.
+    "privdfs-kd": [
+        {"servers": 2, "density": 0.25, "choices": 2},
+        {"servers": 2, "density": 0.25, "choices": 2, "key": "known"},
+    ],
+    "shredder": [{}, {"draw": "fitted"}],
+    "vib": [{}, {"transmit": "mean", "channels": 3}],
 }
+PLAIN = [("vib", "transmit", "mean"), ("privdfs-kd", "key", "known")]
+"""Parameters that make a random defense deterministic."""
+UNTOUCHED = {"random": {"logits"}, "information": {"logits"}}
+"""Parameters that nothing is said to learn, by the policy of the masks."""
 BUILTIN = [entry.name for entry in defenses.entries() if entry.origin == "mibench"]
 CASES = [
     pytest.param(name, params, id="-".join([name, *map(str, params.values())]))
@@ -30,8 +59,21 @@ def make_defense(request, make_defense):
     return functools.partial(make_defense, features=request.param)
 
 
-def randomised(name):
-    return defenses.entry(name).facts["randomness"] != "none"
+def randomised(name, params):
+    if name == "bottleneck":
+        return randomised(params["of"], {})
+    plain = any(name == n and params.get(key) == value for n, key, value in PLAIN)
+    return defenses.entry(name).facts["randomness"] != "none" and not plain
+
+
+def untouched(params):
+    if params.get("of") == "privdfs":
+        return {"logits"}  # the control trains the first masks as they are
+    return UNTOUCHED.get(params.get("masks"), set())
+
+
+def client_weights(defense):
+    return [p for module in defense.client_modules() for p in module.parameters()]
 
 
 def trained(make_defense, pictures, name, params, folder, steps=10, **changes):
@@ -59,7 +101,7 @@ def test_what_is_sent_and_what_is_answered(make_defense, pictures, name, params)
     assert isinstance(shares, tuple)
     assert len(shares) == defense.servers
     predicted = defense.predict(images)
-    assert [s.shape for s in predicted] == [s.shape for s in shares]
+    assert [len(s) for s in predicted] == [len(s) for s in shares]
     for share in shares:
         assert len(share) == 3
         assert share.isfinite().all()
@@ -71,17 +113,17 @@ def test_randomness_is_as_declared(make_defense, pictures, name, params):
     defense, images = make_defense(name, params).eval(), pictures(3).images()
     for one, other in zip(defense.protect(images), defense.protect(images), strict=True):
         same = [torch.equal(a, b) for a, b in zip(one, other, strict=True)]
-        assert not any(same) if randomised(name) else all(same)
+        assert not any(same) if randomised(name, params) else all(same)
     for one, other in zip(defense.predict(images), defense.predict(images), strict=True):
         assert torch.equal(one, other)
-    if not randomised(name):
+    if not randomised(name, params):
         pairs = zip(defense.predict(images), defense.protect(images), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
 @every
 def test_noise_differs_from_image_to_image(make_defense, pictures, name, params):
-    if not randomised(name):
+    if not randomised(name, params):
         pytest.skip("sends no noise")
     defense, images = make_defense(name, params).eval(), pictures(1).images()
     twins = images.expand(2, -1, -1, -1)
@@ -111,9 +153,9 @@ def test_images_of_a_batch_do_not_mix(make_defense, pictures, name, params):
     for k, share in enumerate(together):
         joined = torch.cat([part[k] for part in alone])
         torch.testing.assert_close(share, joined, rtol=1e-4, atol=1e-5)
-        reply = defense.serve(k, share)
-        single = torch.cat([defense.serve(k, part[k]) for part in alone])
-        torch.testing.assert_close(reply, single, rtol=1e-4, atol=1e-5)
+    for k, share in enumerate(defense.protect(images)):
+        single = torch.cat([defense.serve(k, one[None]) for one in share])
+        torch.testing.assert_close(defense.serve(k, share), single, rtol=1e-4, atol=1e-5)
 
 
 @every
@@ -136,21 +178,17 @@ def test_forward_is_the_only_path(make_defense, pictures, name, params):
 @every
 def test_the_message_is_likeliest_where_it_is_predicted(make_defense, pictures, name, params):
     defense = make_defense(name, params).eval()
-    predicted = defense.predict(pictures(3).images())
-    top = defense.log_likelihood(predicted, predicted)
+    images, others = pictures(3).images(), pictures(3, seed=1).images()
+    sent = defense.protect(images)
+    top = defense.log_likelihood(sent, defense.predict(images))
     assert top.shape == (3,)
-    shifted = tuple(share + 0.1 for share in predicted)
-    further = tuple(share + 0.2 for share in predicted)
-    near = defense.log_likelihood(predicted, shifted)
-    far = defense.log_likelihood(predicted, further)
-    assert (top > near).all()
-    assert (near > far).all()
+    assert (top > defense.log_likelihood(sent, defense.predict(others))).all()
 
 
 @every
 def test_the_likelihood_has_a_gradient_in_the_pixels(make_defense, pictures, name, params):
     defense = make_defense(name, params).eval()
-    shares = defense.predict(pictures(2, seed=1).images())
+    shares = defense.protect(pictures(2, seed=1).images())
     images = pictures(2, seed=2).images().requires_grad_()
     value = defense.log_likelihood(shares, defense.predict(images))
     (gradient,) = torch.autograd.grad(value[0], images)
@@ -165,9 +203,8 @@ def test_everything_that_learns_moves(make_defense, pictures, name, params, tmp_
     defense, facts = trained(make_defense, pictures, name, params, tmp_path, weight_decay=0.0)
     after = dict(defense.named_parameters())
     assert after.keys() == before.keys()
-    fixed = {"logits"} if params.get("learned") is False else set()
-    still = {k for k, v in after.items() if v.requires_grad and torch.equal(v, before[k])}
-    assert still == fixed
+    still = {k.rpartition("other.")[2] for k, v in after.items() if torch.equal(v, before[k])}
+    assert still == untouched(params)
     assert not defense.training
     assert facts["steps"] == 10
 
@@ -178,10 +215,11 @@ def test_every_term_of_the_loss_reaches_the_client(make_defense, pictures, name,
     defense, batch = make_defense(name, params), pictures(8)
     terms = defense.loss(batch.images(), batch.labels, step_at(index))
     assert terms
-    weights = list(defense.client.parameters())
+    weights = client_weights(defense)
     for term, value in terms.items():
         assert value.ndim == 0
-        gradients = torch.autograd.grad(value, weights, retain_graph=True)
+        gradients = torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)
+        gradients = [g for g in gradients if g is not None]
         assert all(g.isfinite().all() for g in gradients), term
         assert sum(g.abs().sum() for g in gradients) > 0, term
 
@@ -189,6 +227,9 @@ def test_every_term_of_the_loss_reaches_the_client(make_defense, pictures, name,
 @every
 @pytest.mark.parametrize("index", [0, 99])
 def test_what_is_trained_is_what_is_deployed(make_defense, pictures, name, params, index):
+    elsewhere = {"post_hoc", "known", "fitted"} & set(map(str, params.values()))
+    if elsewhere or name == "siftfunnel":
+        pytest.skip("is trained with another loss or law on purpose")
     defense, batch = make_defense(name, params), pictures(8)
     images = batch.images()
     torch.manual_seed(3)
@@ -208,11 +249,8 @@ def test_weights_carry_the_whole_defense(make_defense, pictures, name, params, t
     # Channels-last against contiguous weights may differ in the last bits.
     for one, other in zip(defense.predict(images), copy.predict(images), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    logits, again = (
-        d.fuse(tuple(d.serve(k, share) for k, share in enumerate(d.predict(images))))
-        for d in (defense, copy)
-    )
-    torch.testing.assert_close(again, logits, rtol=1e-4, atol=1e-5)
+    sent = defense.protect(images)
+    torch.testing.assert_close(copy.answer(sent), defense.answer(sent), rtol=1e-4, atol=1e-5)
 
 
 @every
@@ -242,11 +280,11 @@ def test_sending_a_set_is_sending_its_images_and_changes_nothing(
     for k, share in enumerate(sent):
         assert torch.equal(share, again[k])
         assert not share.requires_grad
-        assert share.shape == defense.predict(images.images())[k].shape
-        if not randomised(name):
+        assert share.shape == defense.protect(images.images())[k].shape
+        if not randomised(name, params):
             expected = defense.predict(images.images())[k]
             torch.testing.assert_close(share, expected, rtol=1e-4, atol=1e-5)
-    if randomised(name):
+    if randomised(name, params):
         other = defense.transmit(images, batch=2, seed=4)
         assert not torch.equal(other[0], sent[0])
     for key, value in defense.state_dict().items():
@@ -254,9 +292,17 @@ def test_sending_a_set_is_sending_its_images_and_changes_nothing(
 
 
 @every
-def test_client_modules_are_parts_of_the_defense(make_defense, name, params):
+def test_what_is_sent_depends_on_the_listed_client_modules_alone(
+    make_defense, pictures, name, params
+):
     defense = make_defense(name, params)
     own = {id(p) for p in defense.parameters()}
-    listed = {id(p) for module in defense.client_modules() for p in module.parameters()}
+    listed = {id(p) for p in client_weights(defense)}
+    assert listed
     assert listed <= own
-    assert {id(p) for p in defense.client.parameters()} <= listed
+    # What is sent depends on no weight that the client does not hold.
+    with_grad = defense.train().protect(pictures(4).images())
+    total = sum(share.square().sum() for share in with_grad)
+    gradients = torch.autograd.grad(total, list(defense.parameters()), allow_unused=True)
+    used = {id(p) for p, g in zip(defense.parameters(), gradients, strict=True) if g is not None}
+    assert used <= listed

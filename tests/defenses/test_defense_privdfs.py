@@ -7,17 +7,30 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from mibench.artifacts import Checkpoint
+from mibench.backbones.base import BackboneSpec
 from mibench.defenses import privdfs
-from mibench.defenses.privdfs import explained_variance
+from mibench.defenses.privdfs import explained_alone, explained_by_tokens, explained_variance
 from mibench.errors import InvalidParamsError
-from mibench.task import Attributes
+from mibench.params import build
+from mibench.protocol import Recipe
+from mibench.registry import defenses
+from mibench.task import Attributes, Classification
 from mibench.training import Step
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def step(index, total=100):
-    return Step(index, total, torch.Generator().manual_seed(index))
+INFORMATION = {"masks": "information", "leakage": 0.0}
+
+
+def step(index, total=100, phase="training"):
+    return Step(index, total, torch.Generator().manual_seed(index), phase)
+
+
+def fitted(defense, images, folder, **changes):
+    how = {"steps": 12, "batch": 16, "lr": 0.05, "crop": 0, "flip": False, "precision": "fp32"}
+    return defense.fit(images, Recipe(**how | changes), 0, Checkpoint(folder))
 
 
 def assert_partial_partition(defense):
@@ -144,11 +157,15 @@ def test_a_unit_with_a_higher_logit_is_taken(make_defense, pictures):
     assert defense.assignment[1].tolist() == wanted
 
 
-@pytest.mark.parametrize(("index", "learned", "moves"), [
-    (0, True, True), (40, True, True), (50, True, False), (90, True, False), (0, False, False),
+@pytest.mark.parametrize(("index", "masks", "moves"), [
+    (0, "learned", True), (40, "learned", True), (50, "learned", False), (90, "learned", False),
+    (0, "random", False),
 ])  # fmt: skip
-def test_masks_are_learned_in_the_first_half_only(make_defense, pictures, index, learned, moves):
-    defense, batch = make_defense("privdfs", {"learned": learned}), pictures(8)
+@pytest.mark.parametrize("unit", ["phase", "token"])
+def test_masks_are_learned_in_the_first_half_only(
+    make_defense, pictures, index, masks, moves, unit
+):
+    defense, batch = make_defense("privdfs", {"masks": masks, "unit": unit}), pictures(8)
     before = defense.assignment.clone()
     with torch.no_grad():
         defense.logits.neg_()
@@ -222,6 +239,231 @@ def test_facts_count_what_is_sent_and_what_moved(make_defense, pictures):
     assert facts["values_per_share"] == share[0].numel()
 
 
+@pytest.mark.parametrize(("unit", "values"), [("phase", 8 * 16), ("token", 16 * 8)])
+def test_facts_set_the_shares_against_the_features_and_the_image(make_defense, unit, values):
+    facts = make_defense("privdfs", {"servers": 2, "density": 0.25, "unit": unit}).describe()
+    assert facts["values_per_share"] == values
+    assert facts["share_to_image"] == values / (3 * 16 * 16)
+    assert facts["density"] == 0.25
+    assert (facts["overlap"], facts["balance"]) == (0, 1)
+
+
+def test_overlap_is_measured(make_defense):
+    defense = make_defense("privdfs", {"servers": 2, "density": 0.25})
+    defense.assignment[1, :2] = defense.assignment[0, :2]
+    assert defense.describe()["overlap"] == 2 / 8
+
+
+# --- shares of whole tokens -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("features", ["map", "tokens", "class-token"])
+def test_a_share_of_tokens_holds_whole_places(make_defense, pictures, features):
+    params = {"servers": 3, "density": 0.2, "unit": "token"}
+    defense = make_defense("privdfs", params, features=features).eval()
+    images = pictures(3).images()
+    assert (defense.units, defense.kept) == (64, 13)
+    assert_partial_partition(defense)
+    sent = defense.client(images)
+    for row, share in zip(defense.assignment.tolist(), defense.protect(images), strict=True):
+        assert share.shape == (3, 13, 8)
+        for number, place in enumerate(row):
+            if features == "map":
+                expected = sent[:, :, place // 8, place % 8]
+            else:
+                expected = sent[:, place + (features == "class-token")]
+            assert torch.equal(share[:, number], expected)
+
+
+@pytest.mark.parametrize("features", ["map", "tokens"])
+def test_a_branch_knows_which_places_it_got(make_defense, pictures, features):
+    defense = make_defense("privdfs", {"unit": "token"}, features=features).eval()
+    share = defense.protect(pictures(4).images())[0]
+    before = defense.serve(0, share)
+    assert torch.equal(defense.serve(0, share), before)
+    defense.assignment[0] = (defense.assignment[0] + 1) % 64
+    assert not torch.allclose(defense.serve(0, share), before, atol=1e-6)
+
+
+@pytest.mark.parametrize("index", [0, 99])
+def test_masks_of_tokens_change_no_value(make_defense, pictures, index):
+    defense, batch = make_defense("privdfs", {"unit": "token"}), pictures(8)
+    terms = defense.loss(batch.images(), batch.labels, step(index))
+    expected = F.cross_entropy(defense(batch.images()), batch.labels)
+    torch.testing.assert_close(terms["task"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_masks_of_tokens_feel_every_term(make_defense, pictures):
+    defense, batch = make_defense("privdfs", {"unit": "token"}), pictures(16)
+    terms = defense.loss(batch.images(), batch.labels, step(0))
+    assert terms.keys() == {"task", "branch", "leakage"}
+    for name, term in terms.items():
+        (gradient,) = torch.autograd.grad(term, defense.logits, retain_graph=True)
+        kept = gradient.view(4, 64).gather(1, defense.assignment)
+        # The leakage is that of the worst share alone.
+        assert (kept != 0).all(1).sum() == (1 if name == "leakage" else 4), name
+
+
+@pytest.mark.parametrize("size", [64, 224])
+@pytest.mark.parametrize("params", [{}, {"unit": "token"}, INFORMATION], ids=str)
+@pytest.mark.parametrize("features", ["map", "tokens"])
+def test_larger_images_are_cut_as_well(size, params, features):
+    vit = {"width": 8, "depth": 1, "heads": 2, "pool": "token"}
+    spec = {
+        "map": BackboneSpec("small-resnet", {"stem": 4, "width": 4}, "layer2"),
+        "tokens": BackboneSpec("small-vit", vit, "embed"),
+    }[features]
+    split = spec.build((3, size, size), Classification(tuple("abc")), 0)
+    defense = defenses.load("privdfs")(split, build(privdfs.PrivDFS.Params, params, "privdfs"))
+    images = smooth(4, size)
+    terms = defense.loss(images, torch.tensor([0, 1, 2, 0]), step(0))
+    sum(terms.values()).backward()
+    assert all(term.isfinite() for term in terms.values())
+    defense.eval()
+    assert defense(images).shape == (4, 3)
+    facts = defense.describe()
+    assert [share[0].numel() for share in defense.protect(images)] == 4 * [
+        facts["values_per_share"]
+    ]
+
+
+# --- the least telling units ------------------------------------------------------------------
+
+
+def test_the_stem_is_trained_as_an_undefended_split_first(make_defense, pictures):
+    defense, batch = make_defense("privdfs", INFORMATION), pictures(8)
+    assert [tuple(phase) for phase in defense.phases] == [("stem", 0.5), ("branches", 0.5)]
+    terms = defense.loss(batch.images(), batch.labels, step(0, phase="stem"))
+    plain = defense.server(defense.client(batch.images()))
+    assert terms.keys() == {"task"}
+    torch.testing.assert_close(terms["task"], F.cross_entropy(plain, batch.labels))
+
+
+@pytest.mark.parametrize("unit", ["phase", "token"])
+@pytest.mark.parametrize("features", ["map", "class-token"])
+def test_what_is_scored_stays_as_it_was(make_defense, pictures, tmp_path, features, unit):
+    defense = make_defense("privdfs", INFORMATION | {"unit": unit}, features=features)
+    start = {k: v.clone() for k, v in defense.client.state_dict().items()}
+    images, seen = pictures(48), {}
+
+    def begin(phase, train, original=defense.begin):
+        original(phase, train)
+        seen[phase] = {k: v.clone() for k, v in defense.state_dict().items()}
+
+    defense.begin = begin
+    facts = fitted(defense, images, tmp_path)
+    assert facts["steps"] == 12
+    after, before = defense.state_dict(), seen["branches"]
+    for name, value in after.items():
+        fixed = name.startswith(("client.", "server.", "logits", "assignment"))
+        # Codes and columns of units that are not sent have nothing to learn.
+        assert torch.equal(value, before[name]) is fixed or value.numel() == 0, name
+    learned = [k for k, v in start.items() if not torch.equal(v, after[f"client.{k}"])]
+    assert {k for k, _ in defense.client.named_parameters()} <= set(learned)
+    assert not any(module.training for module in defense.train().client.modules())
+    assert all(branch.training for branch in defense.branches)
+
+
+def test_the_units_that_tell_least_are_dealt_in_turn(make_defense, pictures, monkeypatch):
+    defense = make_defense("privdfs", INFORMATION | {"servers": 3, "density": 0.1})
+    scores = torch.rand(32, generator=torch.Generator().manual_seed(0))
+    deviation = torch.ones(32)
+    deviation[scores.argsort()[:4]] = 0.04  # the quietest four are dead
+    monkeypatch.setattr(privdfs, "explained_alone", lambda batches: (scores, deviation))
+    defense.begin("branches", pictures(8))
+    ranked = scores.argsort()[4:13].tolist()
+    assert defense.assignment.tolist() == [sorted(ranked[k::3]) for k in range(3)]
+
+
+def test_dead_units_are_sent_where_live_ones_are_too_few(make_defense, pictures, monkeypatch):
+    defense = make_defense("privdfs", INFORMATION | {"servers": 2, "density": 0.5})
+    deviation = torch.ones(32)
+    deviation[:3] = 0
+    monkeypatch.setattr(privdfs, "explained_alone", lambda b: (torch.rand(32), deviation))
+    defense.begin("branches", pictures(8))
+    assert_partial_partition(defense)
+    assert set(range(32)) == set(defense.assignment.flatten().tolist())
+
+
+@pytest.mark.parametrize("unit", ["phase", "token"])
+def test_units_of_noise_are_taken_before_units_that_tell(make_defense, pictures, unit):
+    """Half of the features are made noise that the image says nothing of."""
+    defense = make_defense("privdfs", INFORMATION | {"density": 0.125, "unit": unit})
+    quiet = torch.zeros(8, 8, 8)
+    chosen = (slice(0, 4), ...) if unit == "phase" else (slice(None), slice(0, 4))
+    quiet[chosen] = 1
+    draws = torch.Generator().manual_seed(0)
+
+    class Noisy(torch.nn.Module):
+        def forward(self, images):
+            told = F.avg_pool2d(images, 2)[:, [0, 1, 2, 0, 1, 2, 0, 1]]
+            noise = torch.randn(told.shape, generator=draws)
+            return told * (1 - quiet) + noise * quiet
+
+    defense.client = Noisy()
+    defense.begin("branches", pictures(300))
+    units = quiet.flatten(1)[0] if unit == "token" else F.pixel_unshuffle(quiet, 2)[:, 0, 0]
+    assert units[defense.assignment].all()
+
+
+def test_a_penalty_that_could_change_nothing_is_refused():
+    with pytest.raises(InvalidParamsError, match="set leakage to 0") as caught:
+        build(privdfs.PrivDFS.Params, {"masks": "information"}, "defense privdfs")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_score_is_what_least_squares_explains():
+    draws = torch.Generator().manual_seed(0)
+    units = torch.randn(300, 4, 3, generator=draws)
+    units[:, 3] = 0.25  # dead
+    targets = torch.randn(300, 5, generator=draws)
+    targets[:, :3] += 2 * units[:, 0] + 1
+    targets[:, 4] += units[:, 1, 2]
+    found, deviation = explained_alone(zip(units.split(100), targets.split(100), strict=True))
+    y = targets.numpy() - targets.numpy().mean(0)
+    for unit in range(3):
+        x = units[:, unit].numpy() - units[:, unit].numpy().mean(0)
+        rest = y - x @ np.linalg.lstsq(x, y, rcond=None)[0]
+        assert found[unit] == pytest.approx(1 - (rest**2).sum() / (y**2).sum(), abs=0.002)
+    assert found[0] > 0.5 > found[1] > found[2]
+    assert found[3] == pytest.approx(0, abs=1e-4)
+    assert deviation[:3] == pytest.approx(np.ones(3), abs=0.1)
+    assert deviation[3] == pytest.approx(0, abs=1e-3)
+
+
+# --- what the branches know -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", [Classification(tuple("abcde")), Attributes(tuple("abcde"))])
+def test_branches_are_examined_one_by_one(make_defense, pictures, task, monkeypatch):
+    monkeypatch.setattr(privdfs, "CHUNK", 4)
+    defense, images = make_defense("privdfs", {"embedding": 2}, task=task).eval(), pictures(10)
+    if isinstance(task, Attributes):
+        images.labels = (images.labels[:, None] > torch.arange(5)).to(torch.uint8)
+    facts = defense.examine(images)
+    replies = [defense.serve(k, s) for k, s in enumerate(defense.protect(images.images()))]
+
+    def score(logits):
+        return pytest.approx(task.correct(logits, images.labels).mean().item(), abs=1e-4)
+
+    assert facts["fused_accuracy"] == score(defense.fuse(tuple(replies)))
+    assert facts["branch_accuracy"] == [score(reply[:, :5]) for reply in replies]
+    for k, found in enumerate(facts["accuracy_without"]):
+        silenced = [reply * (i != k) for i, reply in enumerate(replies)]
+        assert found == score(defense.fuse(tuple(silenced)))
+
+
+@pytest.mark.parametrize("params", [{}, {"unit": "token"}, INFORMATION], ids=str)
+def test_every_branch_counts(make_defense, pictures, tmp_path, params):
+    """The fused prediction gets worse when a branch's reply is lost."""
+    defense, images = make_defense("privdfs", params | {"servers": 2}), pictures(96)
+    fitted(defense, images, tmp_path, steps=60, batch=32)
+    facts = defense.examine(images)
+    assert facts["fused_accuracy"] > 0.7
+    assert max(facts["accuracy_without"]) < facts["fused_accuracy"] - 0.05
+    assert sum(facts["branch_accuracy"]) / 2 > 0.3  # five classes
+
+
 # --- the proxy attacker -----------------------------------------------------------------------
 
 
@@ -265,6 +507,34 @@ def test_it_is_the_variance_that_least_squares_explains():
     expected = 1 - ((y - x @ weights) ** 2).sum() / (y**2).sum()
     assert 0.1 < expected < 0.9
     assert explained_variance(share, images) == pytest.approx(expected, abs=0.005)
+
+
+def test_tokens_that_are_pixels_explain_the_part_that_is_sent():
+    torch.manual_seed(0)
+    images = torch.rand(100, 3, 8, 8)
+    tokens = F.pixel_unshuffle(images, 2).flatten(2).transpose(1, 2)
+    told = [
+        explained_by_tokens(tokens[:, :count], images, torch.arange(count), (4, 4)).item()
+        for count in (16, 8, 1)
+    ]
+    assert told == pytest.approx([1, 0.5, 1 / 16], abs=0.02)
+
+
+def test_a_token_is_judged_by_its_own_place():
+    torch.manual_seed(0)
+    images, places = torch.rand(200, 3, 8, 8), torch.tensor([1, 6, 11])
+    tokens = F.avg_pool2d(images, 2).flatten(2).transpose(1, 2)[:, places]
+    tokens = 5 * tokens + 0.1 * torch.randn_like(tokens)
+    told = explained_by_tokens(tokens, images, places, (4, 4))
+    assert told > 10 * explained_by_tokens(tokens, images, places + 1, (4, 4))
+
+    x = tokens.flatten(0, 1).numpy().astype(float)
+    blocks = F.pixel_unshuffle(images, 2).flatten(2).transpose(1, 2).numpy().astype(float)
+    y = blocks[:, places].reshape(600, 12)
+    x, y = x - x.mean(0), y - y.mean(0)
+    rest = y - x @ np.linalg.lstsq(x, y, rcond=None)[0]
+    whole = ((blocks - blocks.mean((0, 1))) ** 2).sum()
+    assert told == pytest.approx(((y**2).sum() - (rest**2).sum()) / whole, rel=0.01)
 
 
 def test_it_can_be_descended():

@@ -39,6 +39,9 @@ class Diffusion(Attack):
     attack's image, noised to ``strength`` (the warm start of DRAG++); ``start: noise`` is plain DPS
     or DRAG. The weight of the guidance is chosen for every target on the attacker's validation
     images, with the same grid for every defense.
+
+    A sample from a posterior has up to twice the squared error of the posterior's mean, 3 dB of
+    PSNR. With ``samples`` above 1 the answer is the mean of so many.
     """
 
     knowledge = Knowledge.WHITE_BOX
@@ -52,6 +55,7 @@ class Diffusion(Attack):
             default=None, min_length=1, description="grid of guidance weights; null: `SCALES`"
         )
         tuning_images: int = Field(default=16, gt=0, description="validation images per weight")
+        samples: int = Field(default=1, gt=0, description="samples whose mean is the answer")
         prior: PriorParams = PriorParams()
         decoder: Decoder.Params = Decoder.Params()
 
@@ -92,9 +96,11 @@ class Diffusion(Attack):
         self._facts = {"scale": tuned.facts, "prior": prior_facts, "decoder": self._decoder.facts()}
 
     def reconstruct(self, shares: Shares) -> Tensor:
-        """One guided sample per image."""
+        """One guided sample per image, or the mean of several."""
         scale = torch.full((len(shares[0]),), self._scale, device=shares[0].device)
-        return in_groups(self._sample, shares, scale, images_at_once(self.workshop.image_shape))
+        size = images_at_once(self.workshop.image_shape)
+        drawn = [in_groups(self._sample, shares, scale, size) for _ in range(self.params.samples)]
+        return torch.stack(drawn).mean(0)
 
     @torch.no_grad()
     def blind(self, count: int) -> Tensor:

@@ -1,10 +1,11 @@
-"""Differential privacy of one noisy message."""
+"""Noise that is not PyTorch's own, and the differential privacy of one noisy message."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+from torch import Tensor
 
 
 def gaussian_epsilon(ratio: float, delta: float) -> float:
@@ -31,3 +32,13 @@ def _gaussian_delta(ratio: float, epsilon: float) -> float:
     ends = [ratio / 2 - epsilon / ratio, -ratio / 2 - epsilon / ratio]
     first, second = torch.special.log_ndtr(torch.tensor(ends, dtype=torch.float64)).tolist()
     return math.exp(first) - math.exp(epsilon + second)
+
+
+def laplace_like(values: Tensor) -> Tensor:
+    """Draws from the Laplace law of scale 1, in the shape of ``values`` and full precision.
+
+    The difference of two exponential draws; the inverse of the distribution function would send a
+    draw at the end of its interval to infinity.
+    """
+    draws = torch.empty(2, *values.shape, device=values.device).exponential_()
+    return draws[0] - draws[1]

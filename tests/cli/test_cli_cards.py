@@ -1,0 +1,120 @@
+"""Cards: each defense has one that holds, and measurements come from records alone."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mibench.cards import MEASURED, collect, load_card, main, measurement, page
+from mibench.errors import InvalidParamsError
+from mibench.params import build
+from mibench.protocol import load_protocol, released
+from mibench.registry import defenses
+
+BASELINES = Path(__file__).parents[2] / "baselines"
+CARDS = sorted(BASELINES.glob("*/card.yaml"))
+every = pytest.mark.parametrize("path", CARDS, ids=lambda path: path.parent.name)
+
+
+def test_every_built_in_defense_has_a_card():
+    built_in = {entry.name for entry in defenses.entries() if entry.origin == "mibench"}
+    assert {path.parent.name for path in CARDS} == built_in
+
+
+@every
+def test_a_card_names_its_defense_and_parameters_that_it_takes(path):
+    card = load_card(path)
+    assert card.name == path.parent.name
+    params = defenses.load(card.name).Params
+    assert {setting.protocol for setting in card.parameters} <= set(released())
+    assert card.parameters
+    for setting in card.parameters:
+        build(params, setting.values, card.name)
+    if card.strength:
+        assert card.strength.parameter in params.model_fields
+        for value in card.strength.values:
+            build(params, {card.strength.parameter: value}, card.name)
+
+
+@every
+def test_the_listing_names_the_paper_of_the_card(path):
+    card, facts = load_card(path), defenses.entry(path.parent.name).facts
+    assert {"paper", "servers", "randomness"} <= facts.keys()
+    if card.paper is None:
+        assert facts["paper"] == "-"
+    elif card.paper.arxiv:
+        assert card.paper.arxiv in facts["paper"]
+
+
+@every
+def test_measurements_belong_to_the_released_protocols(path):
+    for row in load_card(path).measured:
+        assert load_protocol(row.protocol).content_id == row.content
+        assert row.psnr.low <= row.psnr.value <= row.psnr.high
+
+
+def test_the_page_is_what_the_cards_give():
+    cards = [load_card(path) for path in CARDS]
+    assert (BASELINES / "README.md").read_text(encoding="utf-8") == page(cards)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for path in CARDS:
+        if path.parent.name in ("none", "privdfs"):
+            shutil.copytree(path.parent, tmp_path / path.parent.name)
+    return tmp_path
+
+
+@pytest.fixture
+def record(finished):
+    return finished.record
+
+
+def test_a_record_is_collected_once_and_the_rest_of_the_card_stays(folder, record):
+    path = folder / "privdfs" / "card.yaml"
+    text, before = path.read_text(encoding="utf-8"), load_card(path)
+    for _ in range(2):
+        assert collect(folder, [record]) == [path]
+    after = load_card(path)
+    assert path.read_text(encoding="utf-8").startswith(text[: text.index(MEASURED)])
+    new = [row for row in after.measured if row.protocol == record.protocol.id]
+    assert new == [measurement(record)]
+    others = [row for row in after.measured if row.protocol != record.protocol.id]
+    assert others == list(before.measured)
+
+
+def test_a_measurement_is_what_the_record_says(record):
+    row = measurement(record)
+    score = {one.metric: one for one in record.scores}
+    assert row.psnr.value == pytest.approx(score["psnr"].value, abs=1e-6)
+    assert row.ssim.high == pytest.approx(score["ssim"].ci_high, abs=1e-6)
+    assert row.client_flops == record.cost.client_flops
+    assert row.params.items() <= record.defense.params.items()
+    assert "losses" not in row.facts
+
+
+def test_the_table_has_a_row_for_each_run(folder, record):
+    collect(folder, [record])
+    cards = [load_card(path) for path in sorted(folder.glob("*/card.yaml"))]
+    text = page(cards)
+    (line,) = (one for one in text.splitlines() if one.startswith("| `privdfs` ") and "%" in one)
+    assert f"{record.cost.client_flops / 1e6:.2f}" in line
+
+
+@pytest.mark.parametrize("words", ["no-such-run", "."])
+def test_what_is_no_record_is_one_line(folder, words, capsys):
+    assert main([str(folder / words)], folder) == 2
+    assert "record" in capsys.readouterr().err
+
+
+def test_an_unknown_key_is_named(folder):
+    path = folder / "none" / "card.yaml"
+    path.write_text(path.read_text(encoding="utf-8").replace("idea:", "ideas:"), encoding="utf-8")
+    with pytest.raises(InvalidParamsError, match="ideas"):
+        load_card(path)
+
+
+def test_a_failed_run_is_left_out(folder, record):
+    failed = record.model_copy(update={"status": "error", "error": "out of luck"})
+    assert collect(folder, [failed]) == []
