@@ -1,7 +1,8 @@
 """Cards: what a defense claims, how it is run here, and what was measured, one file for each.
 
 ``python -m mibench.cards RUN...`` puts the records of finished runs into ``baselines/*/card.yaml``
-and writes ``baselines/README.md`` from the cards. Run it from the root of the repository.
+and writes ``baselines/README.md`` from the cards. Run it from the root of the repository. Runs that
+depart from their protocol are left out, except by a client above its budget.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import yaml
 from pydantic import Field, JsonValue
 
 from mibench.errors import InvalidParamsError, MibenchError
+from mibench.evaluate import OVER_BUDGET
 from mibench.files import write_atomically
 from mibench.params import Parameters, build, parse_yaml
 from mibench.record import Record, Score, read_record
@@ -21,6 +23,8 @@ from mibench.registry import defenses
 
 MEASURED = "measured:"
 """First words of a card's last part, the one that is written by this module."""
+ATTACKS = ("decoder", "gradient")
+"""Attacks that a defense must have met before its worst leakage is told."""
 
 
 class Paper(Parameters):
@@ -84,6 +88,7 @@ class Measurement(Parameters):
         seed: of the run.
         images: number of attacked images.
         code: hash of the defense's code.
+        ranked: whether the client stays within the protocol's budget.
         accuracy: of the defended model on all private images.
         undefended_accuracy: of the model without a defense.
         psnr: of the reconstructions, dB.
@@ -104,6 +109,7 @@ class Measurement(Parameters):
     seed: int
     images: int
     code: str
+    ranked: bool
     accuracy: float
     undefended_accuracy: float
     psnr: Interval
@@ -151,8 +157,8 @@ def load_card(path: Path) -> Card:
 
 def measurement(record: Record) -> Measurement:
     """Returns what a card keeps of a successful record."""
-    assert record.cost is not None
-    assert record.data is not None
+    assert record.cost is not None, "checked by _refuse_unfit"
+    assert record.data is not None, "checked by _refuse_unfit"
     defaults = _defaults(record.defense.name)
     given = record.defense.params
     return Measurement(
@@ -163,6 +169,7 @@ def measurement(record: Record) -> Measurement:
         seed=record.seed,
         images=record.data.images["attacked"],
         code=record.defense.code,
+        ranked=record.protocol.ranked,
         accuracy=_value(record.utility, "accuracy"),
         undefended_accuracy=_value(record.utility, "undefended accuracy"),
         psnr=_interval(record.scores, "psnr"),
@@ -182,16 +189,20 @@ def collect(folder: Path, records: Sequence[Record]) -> list[Path]:
 
     Args:
         folder: holds ``<name>/card.yaml``.
-        records: of runs; those that did not succeed and those of defenses without a card are left
-            out.
+        records: of runs; those of defenses without a card are left out.
 
     Returns:
         The cards that were written.
+
+    Raises:
+        InvalidParamsError: a run did not succeed, departs from its protocol, or has no such scores.
     """
+    for record in records:
+        _refuse_unfit(record)
     written = []
     for path in sorted(folder.glob("*/card.yaml")):
         card = load_card(path)
-        own = [r for r in records if r.status == "success" and r.defense.name == card.name]
+        own = [record for record in records if record.defense.name == card.name]
         if not own:
             continue
         rows = {row.key: row for row in [*card.measured, *map(measurement, own)]}
@@ -202,6 +213,17 @@ def collect(folder: Path, records: Sequence[Record]) -> list[Path]:
         write_atomically(path, (head + tail).encode())
         written.append(path)
     return written
+
+
+def _refuse_unfit(record: Record) -> None:
+    what = f"the run of {record.defense.name} against {record.attack.name}"
+    if record.status != "success":
+        raise InvalidParamsError(f"{what} has not succeeded; its status is {record.status}")
+    departing = [one for one in record.deviations if not one.startswith(OVER_BUDGET)]
+    if departing:
+        raise InvalidParamsError(f"{what} departs from its protocol: {'; '.join(departing)}")
+    if record.cost is None or record.data is None:
+        raise InvalidParamsError(f"{what} was recorded by an older version; run it again")
 
 
 def strongest(rows: Sequence[Measurement]) -> list[Measurement]:
@@ -232,13 +254,13 @@ def page(cards: Sequence[Card]) -> str:
         words = [f"[`{card.name}`]({card.name}/card.yaml)", paper]
         words += [card.families.maps, card.families.tokens, knob]
         lines.append(f"| {' | '.join(words)} |")
-    for protocol in sorted({row.protocol for card in cards for row in card.measured}):
-        lines += ["", *_table(protocol, cards)]
+    for protocol, content in sorted({(r.protocol, r.content) for c in cards for r in c.measured}):
+        lines += ["", *_table(protocol, content, cards)]
     return "\n".join(lines) + "\n"
 
 
-def _table(protocol: str, cards: Sequence[Card]) -> list[str]:
-    rows = [(card, row) for card in cards for row in card.measured if row.protocol == protocol]
+def _table(protocol: str, content: str, cards: Sequence[Card]) -> list[str]:
+    rows = [(card, row) for card in cards for row in card.measured if row.content == content]
     attacks = sorted({row.attack for _, row in rows})
     runs: dict[tuple[str, str, int], dict[str, Measurement]] = {}
     for card, row in rows:
@@ -250,29 +272,38 @@ def _table(protocol: str, cards: Sequence[Card]) -> list[str]:
     lines = [
         f"## {protocol}",
         "",
-        f"Content `{some.content}`; {some.images} images attacked; floor (best blind guess, PSNR /",
+        f"Content `{content}`; {some.images} images attacked; floor (best blind guess, PSNR /",
         f"SSIM): {', '.join(floors)}; {100 * some.undefended_accuracy:.1f} % without a defense.",
         "Sorted by worst leakage, which is that of the strongest attack here: 0 is a blind guess,",
-        "1 the undefended split. In brackets: 95 % intervals over images.",
+        "1 the undefended split; empty where an attack has not been run. In brackets: 95 %",
+        "intervals over images. A star: the client is over the protocol's budget; not ranked.",
         "",
         f"| {' | '.join(heads)} |",
         f"|{' --- |' * len(heads)}",
     ]
-    for (name, params, seed), found in sorted(runs.items(), key=lambda one: -_worst(one[1])):
+    for (name, params, seed), found in sorted(runs.items(), key=_order):
         first = next(iter(found.values()))
         label = f"`{name}`" + (f" {params}" if params else "") + (f", seed {seed}" if seed else "")
+        label += "" if first.ranked else " *"
         cells = [label, f"{100 * first.accuracy:.1f} %"]
         scores = (found.get(attack) for attack in attacks)
         cells += [f"{one.psnr.value:.1f} / {one.ssim}" if one else "-" for one in scores]
-        cells.append(f"{_worst(found):.2f}" if name != "none" else "1")
+        worst = _worst(found)
+        cells.append("" if worst is None else f"{worst:.2f}")
         cells += [f"{first.client_flops / 1e6:.2f}", f"{first.bytes_up / 1024:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def _worst(found: dict[str, Measurement]) -> float:
+def _order(run: tuple[object, dict[str, Measurement]]) -> float:
+    """Worst leakage first, what has not met all attacks last."""
+    worst = _worst(run[1])
+    return float("inf") if worst is None else -worst
+
+
+def _worst(found: dict[str, Measurement]) -> float | None:
     known = [row.leakage.value for row in found.values() if row.leakage is not None]
-    return max(known, default=float("inf"))
+    return max(known) if set(ATTACKS) <= set(found) and len(known) == len(found) else None
 
 
 def _spelled(params: dict[str, JsonValue]) -> str:

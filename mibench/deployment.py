@@ -145,6 +145,11 @@ def load_weights(defense: Defense, job: Job) -> tuple[Artifact, Json]:
             f"--weights: {job.weights} holds a trained {artifact.kind}, not a defense"
         )
     wanted = _made_of(defense, job)
+    if missing := {"train", *wanted} - set(spec):
+        raise InvalidParamsError(
+            f"--weights: {job.weights} does not say its {', '.join(sorted(missing))}; it was made "
+            "by another version of mibench"
+        )
     for key in ("defense", "backbone", "task", "params"):
         if canonical_json(spec[key]) != canonical_json(wanted[key]):
             raise InvalidParamsError(
@@ -172,7 +177,7 @@ def _made_of(defense: Defense, job: Job) -> dict[str, Json]:
         "params": defense.params.model_dump(mode="json"),
         "backbone": job.protocol.backbone.model_dump(mode="json"),
         "code": [
-            *chain.from_iterable(_code_of(type(one)) for one in methods),
+            *chain.from_iterable(code_of(type(one)) for one in methods),
             package_fingerprint("mibench.backbones"),
             fingerprint(Step),
         ],
@@ -180,7 +185,8 @@ def _made_of(defense: Defense, job: Job) -> dict[str, Json]:
     }
 
 
-def _code_of(method: type) -> list[str]:
+def code_of(method: type) -> list[str]:
+    """Returns the hashes of all code of a defense: its file, its ancestors', and their helpers."""
     return [*lineage(method), imported_fingerprint(method, "mibench.defenses.parts")]
 
 
@@ -233,13 +239,13 @@ def check_contract(defense: Defense, images: Tensor) -> None:
     with blaming(method, "predict"):
         predicted = defense.predict(images)
     random = any(not torch.equal(a, b) for a, b in zip(shares, again, strict=True))
-    if not random:
+    if not random and method.log_likelihood is Defense.log_likelihood:
         if len(predicted) != len(shares) or not all(map(torch.equal, shares, predicted)):
             raise PluginError(
                 f"{who} is not random, but {method.__name__}.predict() returns something else than "
-                "it sends; an attack has to meet the true message"
+                "it sends, without a law of its own; an attack has to meet the true message"
             )
-    elif method.predict is Defense.predict:
+    elif random and method.predict is Defense.predict:
         raise PluginError(
             f"{who} is random, so {method.__name__} must override predict() and log_likelihood(): "
             "an attack has to meet the true law of what is sent"

@@ -20,9 +20,9 @@ from mibench.controls import best_guess, blind_guesses
 from mibench.data.roles import Roles, load_roles
 from mibench.data.sets import ImageSet
 from mibench.defenses.base import Defense
-from mibench.deployment import examine, fit
+from mibench.deployment import code_of, examine, fit
 from mibench.errors import InvalidParamsError
-from mibench.files import Json
+from mibench.files import Json, content_id
 from mibench.job import UNDEFENDED, Job
 from mibench.params import build
 from mibench.protocol import ROLES, Protocol
@@ -32,6 +32,9 @@ from mibench.registry import attacks, backbones, defenses, fingerprint
 from mibench.scoring import attribute_scores, leakage_scores, score, utility_scores
 from mibench.task import Task
 from mibench.utility import answers, cost
+
+OVER_BUDGET = "the client needs"
+"""First words of the deviation of a client that costs too much."""
 
 
 @dataclass(frozen=True)
@@ -199,10 +202,15 @@ def _component(cls: type, name: str, values: Mapping[str, Json]) -> Component:
     kind = {Defense: "defense", Attack: "attack"}
     owner = next((word for base, word in kind.items() if issubclass(cls, base)), "backbone")
     params = build(cls.Params, values, f"{owner} {name}")  # type: ignore[attr-defined]
+    code = fingerprint(cls)
+    if issubclass(cls, Defense):
+        held = getattr(params, "of", None)
+        used = [cls] if held is None else [cls, defenses.load(held)]
+        code = content_id([one for method in used for one in code_of(method)])
     return Component(
         name=cls.name,  # type: ignore[attr-defined]
         version=cls.version,  # type: ignore[attr-defined]
-        code=fingerprint(cls),
+        code=code,
         params=params.model_dump(mode="json"),
     )
 
@@ -221,4 +229,4 @@ def _over_budget(protocol: Protocol, cost: Cost) -> list[str]:
     limit = protocol.max_client_flops
     if limit is None or cost.client_flops <= limit:
         return []
-    return [f"the client needs {cost.client_flops} FLOPs, above the protocol's {limit}"]
+    return [f"{OVER_BUDGET} {cost.client_flops} FLOPs, above the protocol's {limit}"]

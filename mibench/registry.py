@@ -645,9 +645,16 @@ def imported_fingerprint(cls: type, package: str) -> str:
 
 
 def _imports(tree: ast.Module, package: str) -> list[str]:
-    """Names of the modules of a package that a file imports by ``from package.module import``."""
-    nodes = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module)
-    return [str(node.module) for node in nodes if str(node.module).startswith(f"{package}.")]
+    """Names of the modules of a package that a file imports, in whatever form."""
+    found: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == package:
+            found += [f"{package}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.append(node.module)
+    return [name for name in found if name.startswith(f"{package}.")]
 
 
 @functools.cache

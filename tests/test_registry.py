@@ -568,11 +568,11 @@ def test_fingerprint_of_imported_helpers_changes_for_their_users_alone(tmp_path,
     package = tmp_path / "helpers_apart"
     package.mkdir()
     (package / "__init__.py").touch()
-    (package / "one.py").write_text("from helpers_apart.deep import z\nx = z\n")
+    (package / "one.py").write_text("import helpers_apart.deep\nx = helpers_apart.deep.z\n")
     (package / "deep.py").write_text("z = 1\n")
     (package / "two.py").write_text("y = 2\n")
     for name in ("one", "two"):
-        text = f"from helpers_apart.{name} import {'xy'[name == 'two']}\n\n\nclass User:\n    pass\n"
+        text = f"from helpers_apart import {name}\n\n\nclass User:\n    pass\n"
         (tmp_path / f"user_of_{name}.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     users = [importlib.import_module(f"user_of_{name}").User for name in ("one", "two")]

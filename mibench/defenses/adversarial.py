@@ -13,7 +13,10 @@ from mibench.training import Losses, Step
 
 
 @defenses.register(
-    "adversarial", servers="1", randomness="none", paper="DeepObfuscator, PAN, ResSFL"
+    "adversarial",
+    servers="1",
+    randomness="none",
+    paper="DeepObfuscator (Li et al., arXiv 1909.04126), PAN, ResSFL",
 )
 class Adversarial(Defense):
     """The features are learned against a decoder that learns to invert them.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import replace
@@ -14,7 +16,7 @@ from mibench import seeding
 from mibench.artifacts import Checkpoint
 from mibench.backbones.base import Split
 from mibench.data.sets import ImageSet
-from mibench.errors import PluginError
+from mibench.errors import InvalidParamsError, PluginError
 from mibench.files import Json
 from mibench.params import Parameters
 from mibench.protocol import Recipe
@@ -121,7 +123,7 @@ class Defense(nn.Module, ABC):
             total = total - (share - guess).flatten(1).square().sum(1) / (2 * scale.square())
         return total
 
-    def loss(self, images: Tensor, labels: Tensor, step: Step) -> Losses:  # noqa: ARG002
+    def loss(self, images: Tensor, labels: Tensor, step: Step) -> Losses:
         """Named loss terms (scalars) of one training step; the trainer minimises their sum.
 
         Args:
@@ -129,7 +131,12 @@ class Defense(nn.Module, ABC):
             labels: (B,) class indices, or (B, A) attributes; `self.task` knows what to do.
             step: where training stands.
         """
-        return {"task": self.task.loss(self(images), labels)}
+        return {"task": self.task.loss(self.training_logits(images, step), labels)}
+
+    def training_logits(self, images: Tensor, step: Step) -> Tensor:  # noqa: ARG002
+        """Images → logits, along the path that this step trains; by default the one of use."""
+        logits: Tensor = self(images)
+        return logits
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -151,23 +158,22 @@ class Defense(nn.Module, ABC):
     def fit(self, train: ImageSet, recipe: Recipe, seed: int, checkpoint: Checkpoint) -> Facts:
         """Trains client, servers and fusion, phase by phase; returns facts for the record."""
         self.to(memory_format=torch.channels_last)
-        several = len(self.phases) > 1
-        steps = 0
+        parts = divided(self.phases, recipe.steps, self.name)
+        several = len(parts) > 1
         losses: Facts = {}
-        for number, phase in enumerate(self.phases):
-            own = recipe.model_copy(update={"steps": max(1, round(phase.share * recipe.steps))})
+        for number, (phase, steps) in enumerate(parts):
+            own = recipe.model_copy(update={"steps": steps})
             draws = seeding.derive(seed, phase.name) if number else seed
             with seeding.stream(draws, "begin"):
                 self.begin(phase.name, train)
             kept = checkpoint.part(phase.name) if several else checkpoint
             course = self._learn(phase, train, own, draws, kept)
-            steps += own.steps
             losses |= {f"{phase.name}/{k}" if several else k: v for k, v in course.items()}
         with seeding.stream(seed, "finish"):
             self.finish(train)
         # The layout in memory decides where random draws land: leave it as it is after loading.
         self.to(memory_format=torch.contiguous_format)
-        return {"steps": steps, "losses": losses, **self.describe()}
+        return {"steps": recipe.steps, "losses": losses, **self.describe()}
 
     def _learn(
         self, phase: Phase, train: ImageSet, recipe: Recipe, seed: int, checkpoint: Checkpoint
@@ -214,6 +220,30 @@ class Defense(nn.Module, ABC):
                 chunk = images.images(slice(start, start + batch)).to(device)
                 sent.append(tuple(share.cpu() for share in self.protect(chunk)))
         return tuple(torch.cat(parts) for parts in zip(*sent, strict=True))
+
+
+def divided(phases: tuple[Phase, ...], steps: int, name: str) -> list[tuple[Phase, int]]:
+    """Returns each phase with its number of steps, ``steps`` in all.
+
+    Raises:
+        PluginError: names are not plain and distinct, or shares do not add up to 1.
+        InvalidParamsError: there are fewer steps than phases.
+    """
+    names, shares = [phase.name for phase in phases], [phase.share for phase in phases]
+    plain = all(re.fullmatch("[a-z0-9_-]+", one) for one in names)
+    if not plain or len(set(names)) < len(names) or not math.isclose(sum(shares), 1):
+        raise PluginError(
+            f"defense {name}: phases must have distinct names of a-z, 0-9, - and _ and shares that "
+            f"add up to 1, not {[tuple(phase) for phase in phases]}"
+        )
+    ends = [round(steps * sum(shares[: number + 1])) for number in range(len(shares))]
+    found = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    if min(found) < 1:
+        raise InvalidParamsError(
+            f"defense {name} trains in {len(phases)} phases, and {steps} steps leave one of them "
+            "none; raise recipe.steps"
+        )
+    return list(zip(phases, found, strict=True))
 
 
 Facts = dict[str, Json]

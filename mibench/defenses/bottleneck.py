@@ -13,16 +13,17 @@ from mibench.defenses.base import Defense, Facts, Phase, Shares
 from mibench.errors import InvalidParamsError
 from mibench.params import build
 from mibench.registry import defenses
-from mibench.training import Losses, Step
+from mibench.training import Step
 
 
 @defenses.register("bottleneck", servers="as the other", randomness="as the other", paper="-")
 class Bottleneck(Defense):
-    """The architecture of another defense with plain cross-entropy, without its privacy terms.
+    """The architecture of another defense with the plain loss of the task, and no other term.
 
     A defense that narrows what is sent would leak less even if its loss did nothing. What it gains
     over this row is what its loss is worth; what this row gains over ``none`` is the architecture.
-    Randomness that belongs to the architecture, such as a sampled layer, stays.
+    Randomness that belongs to the architecture, such as a sampled layer, stays, and so do phases of
+    the training. A smoothing of labels that is the other's own does not.
     """
 
     class Params(Defense.Params):
@@ -76,9 +77,9 @@ class Bottleneck(Defense):
         """The other defense's fusion."""
         return self.other.fuse(replies)
 
-    def loss(self, images: Tensor, labels: Tensor, step: Step) -> Losses:  # noqa: ARG002
-        """Cross-entropy alone."""
-        return {"task": self.task.loss(self(images), labels)}
+    def training_logits(self, images: Tensor, step: Step) -> Tensor:
+        """Along the path on which the other defense trains."""
+        return self.other.training_logits(images, step)
 
     def begin(self, phase: str, train: ImageSet) -> None:
         """As the other defense begins it."""

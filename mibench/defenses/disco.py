@@ -24,7 +24,9 @@ HIDDEN = 32
 """Width of the pruner's hidden layer."""
 
 
-@defenses.register("disco", servers="1", randomness="none", paper="Singh et al., CVPR 2021")
+@defenses.register(
+    "disco", servers="1", randomness="none", paper="Singh et al., CVPR 2021, arXiv 2012.11025"
+)
 class Disco(Defense):
     """Dynamic pruning of channels, learned against a proxy decoder.
 
@@ -66,6 +68,11 @@ class Disco(Defense):
         self.channels = channels_of(split.feature_shape)
         # Rounding must not turn 0.29 * 100 into 28.
         dropped = int(params.ratio * self.channels + 1e-9)
+        if self.channels < 2:
+            raise InvalidParamsError(
+                "disco drops some channels and sends others, and behind this split point there is "
+                "one only; choose another split point."
+            )
         if not 0 < dropped < self.channels:
             raise InvalidParamsError(
                 f"disco.ratio is {params.ratio}, which drops {dropped} of {self.channels} channels "
@@ -79,16 +86,18 @@ class Disco(Defense):
     def protect(self, images: Tensor) -> Shares:
         """Returns the features, zero in the channels that were dropped."""
         z = self.client(images)
-        if self.training:
-            return (z * self._gate(z),)
-        return (z * _broadcast(self._mask(self.pruner(z)), z),)
+        return (z * self._gate(z),)
+
+    def predict(self, images: Tensor) -> Shares:
+        """Returns the features of all channels.
+
+        With the gaps of a guess, an attack would have no gradient in channels that arrived and that
+        its guess would drop.
+        """
+        return (self.client(images),)
 
     def log_likelihood(self, shares: Shares, predicted: Shares) -> Tensor:
-        """That of a deterministic message, over the channels that arrived.
-
-        Which channels arrived tells an attacker little that helps until its guess is near, and
-        channels that only the guess sends would pull it away from there.
-        """
+        """That of a deterministic message, over the channels that arrived."""
         (share,), (guess,) = shares, predicted
         places = (2, 3) if share.ndim == 4 else (1,)
         arrived = (share != 0).any(places, keepdim=True)
@@ -160,7 +169,9 @@ class Pruner(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """Maps (B, C, h, w) or tokens (B, N, C) → scores (B, C)."""
         places = (2, 3) if z.ndim == 4 else (1,)
-        scores: Tensor = self.network(torch.cat([z.mean(places), z.std(places)], dim=1))
+        scores: Tensor = self.network(
+            torch.cat([z.mean(places), z.std(places, correction=0)], dim=1)
+        )
         return F.layer_norm(scores.float(), scores.shape[1:])
 
 

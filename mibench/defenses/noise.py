@@ -15,7 +15,7 @@ from mibench.defenses.base import Defense, Facts, Shares
 from mibench.defenses.parts.layers import channels_of, per_channel, standardisation
 from mibench.defenses.parts.mechanism import gaussian_epsilon, laplace_like
 from mibench.registry import defenses
-from mibench.training import Losses, Step
+from mibench.training import Step
 
 MEASURED = 1024
 """Training images on which scales are measured."""
@@ -118,11 +118,11 @@ class Noise(Defense):
             return -residual.flatten(1).square().sum(1) / (2 * self.deviation**2)
         return -math.sqrt(2) * residual.flatten(1).abs().sum(1) / self.deviation
 
-    def loss(self, images: Tensor, labels: Tensor, step: Step) -> Losses:
-        """The task's loss, through the noise or, post hoc, without it."""
+    def training_logits(self, images: Tensor, step: Step) -> Tensor:
+        """Through the noise or, post hoc, without."""
         if self.params.training == "post_hoc":
-            return {"task": self.task.loss(self.answer(self.predict(images)), labels)}
-        return super().loss(images, labels, step)
+            return self.answer(self.predict(images))
+        return super().training_logits(images, step)
 
     @torch.no_grad()
     def begin(self, phase: str, train: ImageSet) -> None:  # noqa: ARG002
@@ -163,6 +163,7 @@ class Noise(Defense):
 
     def _noise(self, like: Tensor) -> Tensor:
         if self.params.law == "gaussian":
-            return self.deviation * torch.randn_like(like)
+            # Of the shape alone: in the layout of channels-last features a draw is slow on CPUs.
+            return self.deviation * torch.randn(like.shape, device=like.device)
         # Laplace of unit variance has scale 1/sqrt(2).
         return self.deviation / math.sqrt(2) * laplace_like(like)

@@ -97,9 +97,14 @@ class PrivDFS(Defense):
         period: int = Field(
             default=2, ge=1, description="p, grid period of a phase; 1 is a whole channel"
         )
-        width: int = Field(default=48, ge=4, description="channels of a branch's first stage")
+        width: int = Field(
+            default=48, ge=4, le=4096, description="channels of a branch's first stage"
+        )
         embedding: int = Field(
-            default=0, ge=0, description="values that a branch replies beside its class scores"
+            default=0,
+            ge=0,
+            le=4096,
+            description="values that a branch replies beside its class scores",
         )
         branch: float = Field(default=0.3, ge=0, description="b, weight of the branches' own loss")
         leakage: float = Field(default=0.3, ge=0, description="l, weight of the leakage term")
@@ -229,9 +234,16 @@ class PrivDFS(Defense):
     def loss(self, images: Tensor, labels: Tensor, step: Step) -> Losses:
         """CE of the fused prediction, of the branches, and the worst share's linear leakage."""
         if step.phase == "stem":
-            return {"task": self.task.loss(self.server(self.client(images)), labels)}
+            return super().loss(images, labels, step)
         shares, replies = self._exchange(images, step)
         return self._terms(shares, replies, images, labels)
+
+    def training_logits(self, images: Tensor, step: Step) -> Tensor:
+        """Fused, or in the phase ``stem`` those of the undefended split."""
+        if step.phase == "stem":
+            logits: Tensor = self.server(self.client(images))
+            return logits
+        return self.fuse(self._exchange(images, step)[1])
 
     def _exchange(self, images: Tensor, step: Step) -> tuple[Shares, Shares]:
         """Shares and replies of a training step; while masks are learned, gradients reach them."""

@@ -26,7 +26,12 @@ REACH = 0.1
 weights moves noise of any size by about its own amount."""
 
 
-@defenses.register("shredder", servers="1", randomness="fresh per message", paper="ASPLOS 2020")
+@defenses.register(
+    "shredder",
+    servers="1",
+    randomness="fresh per message",
+    paper="Mireshghallah et al., ASPLOS 2020, arXiv 1905.11814",
+)
 class Shredder(Defense):
     """Noise that the network was not made for, but that was made for the network.
 
@@ -58,7 +63,7 @@ class Shredder(Defense):
         strength: float = Field(
             default=5.0, ge=0, description="lambda, weight of the noise's power"
         )
-        tensors: int = Field(default=16, ge=10, description="J, size of the collection")
+        tensors: int = Field(default=16, ge=10, le=1024, description="J, size of the collection")
         initial: float = Field(
             default=1.0, gt=0, description="RMS of the first noise over that of the features"
         )
@@ -123,13 +128,16 @@ class Shredder(Defense):
 
     def loss(self, images: Tensor, labels: Tensor, step: Step) -> Losses:
         """The task's loss, and behind the network's phase the reward for the noise's power."""
-        if step.phase == NETWORK:
-            return {"task": self.task.loss(self.answer(self.predict(images)), labels)}
-        noisy = self.client(images) + self.noise.draw(len(images))
-        terms = {"task": self.task.loss(self.answer((noisy,)), labels)}
-        if self.params.strength:
+        terms = dict(super().loss(images, labels, step))
+        if step.phase != NETWORK and self.params.strength:
             terms["noise"] = -self.params.strength * self.noise.log_ratio().mean()
         return terms
+
+    def training_logits(self, images: Tensor, step: Step) -> Tensor:
+        """Plainly, and behind the network's phase with a tensor of the collection."""
+        if step.phase == NETWORK:
+            return self.answer(self.predict(images))
+        return self.answer((self.client(images) + self.noise.draw(len(images)),))
 
     @torch.no_grad()
     def finish(self, train: ImageSet) -> None:  # noqa: ARG002
@@ -143,7 +151,7 @@ class Shredder(Defense):
         return {"snr_db": -10 / math.log(10) * self.noise.log_ratio().mean().item()}
 
     def client_modules(self) -> Iterable[nn.Module]:
-        """The client keeps the collection."""
+        """The client keeps the collection, also where it draws from the law fitted to it."""
         return [self.client, self.noise]
 
     @torch.no_grad()

@@ -66,7 +66,9 @@ class VIB(Defense):
 
         beta: float = Field(default=1e-3, gt=0, le=100, description="weight of the KL, per nat")
         channels: int | None = Field(
-            default=None, ge=1, description="channels that are sent; null: as many as the split has"
+            default=16,
+            ge=1,
+            description="channels that are sent, at most as many as the split has; null: so many",
         )
         transmit: Literal["sample", "mean"] = Field(
             default="sample", description="mean sends mu, which is no information bottleneck"
@@ -78,7 +80,7 @@ class VIB(Defense):
         super().__init__(split, params)
         shape = split.feature_shape
         inputs = channels_of(shape)
-        outputs = params.channels or inputs
+        outputs = min(params.channels or inputs, inputs)
         self.axis = 1 if len(shape) == 3 else 2
         self.normalise = standardisation(shape)
         self.mean, self.spread = pointwise(shape, outputs), pointwise(shape, outputs)
@@ -140,7 +142,7 @@ class VIB(Defense):
         return -(scaled.square() / 2 + log_deviation).flatten(1).sum(1)
 
     def serve(self, index: int, share: Tensor) -> Tensor:  # noqa: ARG002
-        """The server; in front of it a layer that widens a message of fewer or more channels."""
+        """The server; in front of it a layer that widens a message of fewer channels."""
         reply: Tensor = self.server(self.widen(share))
         return reply
 

@@ -7,6 +7,7 @@ import pytest
 
 from mibench.cards import MEASURED, collect, load_card, main, measurement, page
 from mibench.errors import InvalidParamsError
+from mibench.evaluate import OVER_BUDGET
 from mibench.params import build
 from mibench.protocol import load_protocol, released
 from mibench.registry import defenses
@@ -115,6 +116,24 @@ def test_an_unknown_key_is_named(folder):
         load_card(path)
 
 
-def test_a_failed_run_is_left_out(folder, record):
-    failed = record.model_copy(update={"status": "error", "error": "out of luck"})
-    assert collect(folder, [failed]) == []
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"status": "error", "error": "out of luck"}, "its status is error"),
+        ({"deviations": ["attack.steps set by hand"]}, "departs .* attack.steps set by hand"),
+        ({"data": None}, "older version"),
+    ],
+)
+def test_runs_that_prove_nothing_are_refused_and_change_nothing(folder, record, changes, words):
+    before = (folder / "privdfs" / "card.yaml").read_bytes()
+    with pytest.raises(InvalidParamsError, match=words):
+        collect(folder, [record, record.model_copy(update=changes)])
+    assert (folder / "privdfs" / "card.yaml").read_bytes() == before
+
+
+def test_a_client_above_the_budget_is_collected_and_marked(folder, record):
+    over = f"{OVER_BUDGET} 9 FLOPs, above the protocol's 5"
+    protocol = record.protocol.model_copy(update={"ranked": False})
+    collect(folder, [record.model_copy(update={"deviations": [over], "protocol": protocol})])
+    text = page([load_card(folder / "privdfs" / "card.yaml")])
+    assert "| `privdfs` * |" in text

@@ -160,3 +160,22 @@ class Collapsed(Honest):
 def test_a_collapsed_training_is_one_clear_line(make):
     with pytest.raises(DivergedError, match=r"defense honest: .* same message for every image"):
         check_contract(make(Collapsed), torch.rand(4, 3, 16, 16))
+
+
+class Gappy(Honest):
+    """Drops channels by the image; its law compares what arrived, which `predict` has whole."""
+
+    def protect(self, images):
+        features = self.client(images)
+        return (features * (features.mean((2, 3), keepdim=True) > features.mean()),)
+
+    def predict(self, images):
+        return (self.client(images),)
+
+    def log_likelihood(self, shares, predicted):
+        residual = (shares[0] - predicted[0]) * (shares[0] != 0)
+        return -residual.square().flatten(1).sum(1)
+
+
+def test_a_deterministic_defense_may_have_a_law_of_its_own(make):
+    check_contract(make(Gappy), torch.rand(4, 3, 16, 16))

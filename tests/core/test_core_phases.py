@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from small_splits import build_split
 from torch import nn
 
 from mibench.artifacts import Checkpoint
 from mibench.data.sets import ImageSet
-from mibench.defenses.base import Defense, Phase
+from mibench.defenses.base import Defense, Phase, divided
+from mibench.errors import InvalidParamsError, PluginError
 from mibench.protocol import Recipe
 from mibench.task import Classification
 
@@ -103,3 +106,30 @@ def test_a_killed_training_ends_where_an_undisturbed_one_does(train, tmp_path, k
     assert len(facts["losses"]["network/task"]) == 6
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    "phases",
+    [
+        (),
+        (Phase("long", 3.0),),
+        (Phase("same", 0.5), Phase("same", 0.5)),
+        (Phase("../../out", 1.0),),
+        (Phase("a", 0.5), Phase("b", 0.25)),
+    ],
+)
+def test_phases_that_are_no_division_of_the_training_are_refused(phases):
+    with pytest.raises(PluginError, match=r"distinct names .* shares that\s+add up to 1"):
+        divided(phases, 10, "mine")
+
+
+@given(st.integers(2, 5000), st.lists(st.floats(0.01, 1.0), min_size=1, max_size=5))
+def test_phases_take_the_steps_of_the_recipe_and_no_more(steps, weights):
+    phases = tuple(Phase(f"p{n}", w / sum(weights)) for n, w in enumerate(weights))
+    try:
+        parts = divided(phases, steps, "mine")
+    except InvalidParamsError:
+        assert steps * min(weights) / sum(weights) < 1
+        return
+    assert sum(count for _, count in parts) == steps
+    assert all(abs(count - steps * phase.share) <= 1 for phase, count in parts)

@@ -49,6 +49,31 @@ def test_no_penalty_moves_the_bottleneck(make_defense, pictures, tmp_path):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize(
+    ("of", "plain"),
+    [
+        ("shredder", {"strength": 0.0}),
+        ("privdfs", {"leakage": 0.0, "branch": 0.0}),
+        ("privdfs", {"leakage": 0.0, "branch": 0.0, "masks": "information"}),
+        ("privdfs-kd", {"leakage": 0.0, "branch": 0.0, "key": "known", "density": 0.0625}),
+        ("dropout", {"training": "post_hoc"}),
+        ("siftfunnel", {"beta": 0.0, "gamma": 0.0, "sparsity": 0.0, "smoothing": 0.0}),
+        ("cem", {"strength": 0.0}),
+    ],
+)
+def test_the_bottleneck_is_the_other_one_without_its_penalties(
+    make_defense, pictures, tmp_path, of, plain
+):
+    """Phases, keys, masks and noise stay: the weights end where those without penalties end."""
+    how = Recipe(steps=24, batch=16, lr=0.05, crop=2, precision="fp32")
+    found = [make_defense("bottleneck", {"of": of, "params": plain}), make_defense(of, plain)]
+    for number, defense in enumerate(found):
+        defense.fit(pictures(64), how, 0, Checkpoint(tmp_path / str(number)))
+    control = found[0].other.state_dict()
+    for name, value in found[1].state_dict().items():
+        torch.testing.assert_close(control[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize("name", ["bottleneck", "deeper"])
 def test_controls_of_themselves_or_of_nothing_are_refused(make_defense, name):
     with pytest.raises(InvalidParamsError, match=f"{name}.of is {name}"):

@@ -345,14 +345,13 @@ def test_input_correlation_of_constant_values_is_zero_with_a_finite_gradient():
 # --- what is reported -------------------------------------------------------------------------
 
 
-def test_the_record_has_both_edges_and_the_claim():
+def test_the_record_has_the_cost_of_both_edges():
     split = small_resnet().build((3, 64, 64), TASK, 0)
     own = sum(p.numel() for p in split.client.parameters())
     facts = SiftFunnel(split, SiftFunnel.Params()).describe()
     assert facts["plain_edge_parameters"] == own
     assert facts["plain_edge_macs"] == 3 * 8 * 9 * 32 * 32
     assert facts["mac_reduction"] == facts["plain_edge_macs"] / facts["edge_macs"]
-    assert facts["claimed_reduction"] == 20
     json.dumps(facts)
 
 

@@ -118,7 +118,7 @@ def test_a_strong_penalty_on_large_features_can_be_trained(tmp_path, lr):
     train = ImageSet((smooth * 255).to(torch.uint8), labels)
     spec = BackboneSpec("small-resnet", {"stem": 64, "width": 8}, "stem")
     torch.manual_seed(0)
-    params = VIB.Params(beta=1e-2)
+    params = VIB.Params(beta=1e-2, channels=None)
     defense = VIB(spec.build((3, 32, 32), Classification(tuple("abcde")), 0), params)
     assert defense.predict(train.images(slice(1)))[0].numel() == 2 * 16_384
     how = Recipe(steps=30, batch=16, lr=lr, precision="fp32")
