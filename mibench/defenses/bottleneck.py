@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pydantic import Field, JsonValue
 from torch import Tensor, nn
 
 from mibench.backbones.base import Split
 from mibench.data.sets import ImageSet
 from mibench.defenses.base import Defense, Facts, Phase, Shares
-from mibench.errors import InvalidParamsError
-from mibench.params import build
+from mibench.defenses.parts.another import OfAnother, another
 from mibench.registry import defenses
 from mibench.training import Step
 
@@ -26,26 +24,16 @@ class Bottleneck(Defense):
     the training. A smoothing of labels that is the other's own does not.
     """
 
-    class Params(Defense.Params):
+    class Params(OfAnother):
         """Whose architecture."""
-
-        of: str = Field(default="siftfunnel", description="name of the other defense")
-        params: dict[str, JsonValue] = Field(
-            default_factory=dict, description="its parameters, as in bottleneck.params.edge=resnet"
-        )
 
     params: Params
 
     def __init__(self, split: Split, params: Params) -> None:
         super().__init__(split, params)
-        other = defenses.load(params.of)
-        if issubclass(other, Bottleneck):
-            raise InvalidParamsError(
-                f"bottleneck.of is {params.of}: a control of itself; name another defense."
-            )
         # The other defense holds them; twice in one module they would be saved twice.
         del self.client, self.server
-        self.other = other(split, build(other.Params, params.params, f"defense {params.of}"))
+        self.other = another(Bottleneck, split, params)
 
     @property
     def servers(self) -> int:

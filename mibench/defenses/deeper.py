@@ -6,14 +6,13 @@ import copy
 import math
 
 import torch
-from pydantic import Field, JsonValue
 from torch import Tensor, nn
 
 from mibench.backbones.base import Split
 from mibench.defenses.base import Defense, Facts, Shares
+from mibench.defenses.parts.another import OfAnother, another
 from mibench.errors import InvalidParamsError
 from mibench.metrics.cost import client_cost
-from mibench.params import build
 from mibench.registry import defenses
 from mibench.utility import client_flops
 
@@ -28,31 +27,20 @@ class Deeper(Defense):
     defense's (by their ratio). Stages are whole, so it can be far off: the record has both counts.
     """
 
-    class Params(Defense.Params):
+    class Params(OfAnother):
         """Whose cost."""
-
-        of: str = Field(default="siftfunnel", description="name of the other defense")
-        params: dict[str, JsonValue] = Field(
-            default_factory=dict, description="its parameters, as in deeper.params.edge=resnet"
-        )
 
     params: Params
 
     def __init__(self, split: Split, params: Params) -> None:
         super().__init__(split, params)
-        other = defenses.load(params.of)
-        if issubclass(other, Deeper):
-            raise InvalidParamsError(
-                f"deeper.of is {params.of}: a control of itself; name another defense."
-            )
         if not split.later_points:
             raise InvalidParamsError(
                 f"deeper: there is no split point behind {split.split_point!r}; choose a protocol "
                 "with an earlier one."
             )
         # A copy: building the other defense may change the split.
-        values = build(other.Params, params.params, f"defense {params.of}")
-        built = other(copy.deepcopy(split), values).eval()
+        built = another(Deeper, copy.deepcopy(split), params).eval()
         example = torch.zeros(1, *split.image_shape)
         self.wanted = client_flops(built, example)
         stages, first = [*split.client, *split.server], len(split.client) + 1

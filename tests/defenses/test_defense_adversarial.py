@@ -5,11 +5,8 @@ import torch
 from small_splits import SPECS
 
 from mibench.artifacts import Checkpoint
-from mibench.backbones.base import BackboneSpec
-from mibench.defenses.adversarial import Adversarial
 from mibench.defenses.parts.proxy import unexplained
 from mibench.protocol import Recipe
-from mibench.task import Attributes, Classification
 from mibench.training import Step
 
 every_layout = pytest.mark.parametrize("features", list(SPECS))
@@ -113,21 +110,3 @@ def test_the_proxy_is_no_part_of_the_client(make_defense):
     defense = make_defense("adversarial")
     held = {id(p) for module in defense.client_modules() for p in module.parameters()}
     assert not held & {id(p) for p in defense.proxy.parameters()}
-
-
-def test_attributes_are_a_task_too(make_defense, pictures):
-    defense = make_defense("adversarial", task=Attributes(("smiles", "blond")))
-    labels = torch.randint(0, 2, (8, 2), dtype=torch.uint8)
-    terms = defense.loss(pictures(8).images(), labels, STEP)
-    assert all(value.isfinite() for value in terms.values())
-
-
-@pytest.mark.parametrize("size", [64, 224])
-@pytest.mark.parametrize("family", ["small-resnet", "small-vit"])
-def test_it_works_on_larger_images(size, family):
-    params = {"stem": 4, "width": 4} if family == "small-resnet" else {"width": 8, "depth": 1}
-    spec = BackboneSpec(family, params, "stem" if family == "small-resnet" else "block1")
-    split = spec.build((3, size, size), Classification(tuple("ab")), 0)
-    defense = Adversarial(split, Adversarial.Params())
-    terms = defense.loss(torch.rand(4, 3, size, size), torch.tensor([0, 1, 0, 1]), STEP)
-    assert all(value.isfinite() for value in terms.values())

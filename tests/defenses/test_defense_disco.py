@@ -10,13 +10,11 @@ from small_splits import SHAPE, SPECS
 from torch.nn import functional as F
 
 from mibench.artifacts import Checkpoint
-from mibench.backbones.base import BackboneSpec
 from mibench.defenses.base import TOLERANCE
 from mibench.defenses.disco import TEMPERATURE, Disco
 from mibench.defenses.parts.proxy import unexplained
 from mibench.errors import InvalidParamsError
 from mibench.protocol import Recipe
-from mibench.task import Attributes, Classification
 from mibench.training import Step
 
 every_layout = pytest.mark.parametrize("features", list(SPECS))
@@ -265,21 +263,3 @@ def test_training_moves_the_choice(make_defense, pictures, tmp_path):
         loss = F.cross_entropy(defense(batch.images()), batch.labels)
     assert (masks[0] != masks[1]).float().mean() > 0.05
     assert loss < facts["losses"]["task"][0][1]
-
-
-def test_attributes_are_a_task_too(make_defense, pictures):
-    defense = make_defense("disco", task=Attributes(("smiles", "blond")))
-    labels = torch.randint(0, 2, (8, 2), dtype=torch.uint8)
-    terms = defense.loss(pictures(8).images(), labels, STEP)
-    assert all(value.isfinite() for value in terms.values())
-
-
-@pytest.mark.parametrize("size", [64, 224])
-@pytest.mark.parametrize("family", ["small-resnet", "small-vit"])
-def test_it_works_on_larger_images(size, family):
-    params = {"stem": 4, "width": 4} if family == "small-resnet" else {"width": 8, "depth": 1}
-    spec = BackboneSpec(family, params, "stem" if family == "small-resnet" else "block1")
-    split = spec.build((3, size, size), Classification(tuple("ab")), 0)
-    defense = Disco(split, Disco.Params())
-    terms = defense.loss(torch.rand(4, 3, size, size), torch.tensor([0, 1, 0, 1]), STEP)
-    assert all(value.isfinite() for value in terms.values())

@@ -7,12 +7,9 @@ import torch
 from small_splits import SPECS
 
 from mibench.artifacts import Checkpoint
-from mibench.backbones.base import BackboneSpec
-from mibench.defenses.nopeek import NoPeek
 from mibench.defenses.parts.dependence import distance_correlation
 from mibench.errors import InvalidParamsError
 from mibench.protocol import Recipe
-from mibench.task import Attributes, Classification
 from mibench.training import Step
 
 every_layout = pytest.mark.parametrize("features", list(SPECS))
@@ -99,21 +96,3 @@ def test_constant_features_have_a_finite_gradient(make_defense, pictures):
 def test_too_small_batches_are_refused(make_defense, pictures):
     with pytest.raises(InvalidParamsError, match=r"recipe\.batch"):
         terms_of(make_defense("nopeek", {"dcor": "unbiased"}), pictures(3))
-
-
-def test_attributes_are_a_task_too(make_defense, pictures):
-    task = Attributes(("smiles", "blond"))
-    defense, images = make_defense("nopeek", task=task), pictures(8).images()
-    labels = torch.randint(0, 2, (8, 2), dtype=torch.uint8)
-    assert set(defense.loss(images, labels, STEP)) == {"task", "dependence"}
-    assert defense(images).shape == (8, 2)
-
-
-@pytest.mark.parametrize("size", [64, 224])
-@pytest.mark.parametrize("family", ["small-resnet", "small-vit"])
-def test_it_works_on_larger_images(size, family):
-    params = {"stem": 4, "width": 4} if family == "small-resnet" else {"width": 8, "depth": 1}
-    spec = BackboneSpec(family, params, "stem" if family == "small-resnet" else "block1")
-    defense = NoPeek(spec.build((3, size, size), Classification(tuple("ab")), 0), NoPeek.Params())
-    terms = defense.loss(torch.rand(4, 3, size, size), torch.tensor([0, 1, 0, 1]), STEP)
-    assert all(term.isfinite() for term in terms.values())

@@ -7,13 +7,11 @@ import torch
 from small_splits import SPECS
 
 from mibench.artifacts import Checkpoint
-from mibench.backbones.base import BackboneSpec
 from mibench.defenses.base import TOLERANCE
 from mibench.defenses.shredder import Collection, Shredder, laplace_like
 from mibench.errors import InvalidParamsError
 from mibench.params import build
 from mibench.protocol import Recipe
-from mibench.task import Attributes, Classification
 from mibench.training import Step, optimise
 
 every_layout = pytest.mark.parametrize("features", list(SPECS))
@@ -274,23 +272,3 @@ def test_draws_stay_finite_in_mixed_precision():
 def test_one_tensor_is_no_noise_and_is_refused():
     with pytest.raises(InvalidParamsError, match="tensors"):
         build(Shredder.Params, {"tensors": 1}, "defense shredder")
-
-
-def test_attributes_are_a_task_too(make_defense, pictures):
-    defense = make_defense("shredder", task=Attributes(("smiles", "blond")))
-    labels = torch.randint(0, 2, (8, 2), dtype=torch.uint8)
-    terms = defense.loss(pictures(8).images(), labels, step("noise"))
-    assert all(value.isfinite() for value in terms.values())
-
-
-@pytest.mark.parametrize("size", [64, 224])
-@pytest.mark.parametrize("family", ["small-resnet", "small-vit"])
-def test_it_works_on_larger_images(size, family):
-    params = {"stem": 4, "width": 4} if family == "small-resnet" else {"width": 8, "depth": 1}
-    spec = BackboneSpec(family, params, "stem" if family == "small-resnet" else "block1")
-    split = spec.build((3, size, size), Classification(tuple("ab")), 0)
-    defense = Shredder(split, Shredder.Params(tensors=10))
-    images = torch.rand(2, 3, size, size)
-    terms = defense.loss(images, torch.tensor([0, 1]), step("noise"))
-    assert all(value.isfinite() for value in terms.values())
-    assert defense.log_likelihood(defense.protect(images), defense.predict(images)).shape == (2,)

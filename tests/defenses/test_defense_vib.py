@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from small_splits import VIT
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
@@ -13,8 +12,7 @@ from mibench.backbones.base import BackboneSpec
 from mibench.data.sets import ImageSet
 from mibench.defenses.vib import SCALE, VIB
 from mibench.protocol import Recipe
-from mibench.registry import defenses
-from mibench.task import Attributes, Classification
+from mibench.task import Classification
 from mibench.training import Step
 
 LAYOUTS = ("map", "tokens", "class-token")
@@ -180,29 +178,3 @@ def test_the_server_knows_the_scale_of_what_it_is_sent(make_defense, pictures, t
     arriving = defense.server[0].conv1(defense.protect(train.images())[0])
     expected = arriving.var((0, 2, 3), correction=1)
     torch.testing.assert_close(norm.running_var, expected, rtol=0.1, atol=1e-4)
-
-
-def test_attributes_are_learned_with_their_own_loss(make_defense, pictures):
-    defense = make_defense("vib", task=Attributes(tuple("abcde")))
-    images = pictures(8).images()
-    labels = torch.arange(40).view(8, 5).remainder(2).to(torch.uint8)
-    torch.manual_seed(0)
-    task = defense.loss(images, labels, step())["task"]
-    torch.manual_seed(0)
-    expected = F.binary_cross_entropy_with_logits(defense(images), labels.float())
-    torch.testing.assert_close(task, expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["vib", "mid", "cem"])
-@pytest.mark.parametrize("size", [64, 224])
-@pytest.mark.parametrize("family", ["map", "class-token"])
-def test_it_and_its_relatives_are_built_for_larger_images(name, size, family):
-    spec = {
-        "map": BackboneSpec("small-resnet", {"stem": 4, "width": 4}, "stem"),
-        "class-token": BackboneSpec("small-vit", {**VIT, "patch": size // 8}, "block1"),
-    }[family]
-    method = defenses.load(name)
-    split = spec.build((3, size, size), Classification(tuple("abcde")), 0)
-    defense = method(split, method.Params()).eval()
-    with torch.no_grad():
-        assert defense(torch.rand(2, 3, size, size)).shape == (2, 5)
