@@ -25,6 +25,8 @@ MEASURED = "measured:"
 """First words of a card's last part, the one that is written by this module."""
 ATTACKS = ("decoder", "gradient")
 """Attacks that a defense must have met before its worst leakage is told."""
+VARIANTS_MEET = "decoder"
+"""The attack that every variant of a defense meets, so that a curve costs one attack per point."""
 
 
 class Paper(Parameters):
@@ -63,7 +65,7 @@ class Strength(Parameters):
     """The parameter that trades accuracy for leakage, and values from weak to strong."""
 
     parameter: str
-    values: tuple[JsonValue, ...]
+    values: tuple[float, ...] = Field(min_length=2)
 
 
 class Interval(Parameters):
@@ -237,7 +239,7 @@ def strongest(rows: Sequence[Measurement]) -> list[Measurement]:
 
 
 def page(cards: Sequence[Card]) -> str:
-    """Returns ``baselines/README.md``: what each card says, and one table for each protocol."""
+    """Returns ``baselines/README.md``: what each card says, and two tables for each protocol."""
     lines = [
         "# Baselines",
         "",
@@ -245,54 +247,90 @@ def page(cards: Sequence[Card]) -> str:
         "parameters used here, what was measured, and where this implementation differs. This page",
         "is written from the cards by `python -m mibench.cards`.",
         "",
-        "| defense | paper | maps | tokens | strength |",
-        "| --- | --- | --- | --- | --- |",
     ]
+    rows = []
     for card in cards:
         paper = "-" if card.paper is None else f"{card.paper.authors}, {card.paper.venue}"
         knob = f"`{card.strength.parameter}`" if card.strength else "-"
-        words = [f"[`{card.name}`]({card.name}/card.yaml)", paper]
-        words += [card.families.maps, card.families.tokens, knob]
-        lines.append(f"| {' | '.join(words)} |")
+        link = f"[`{card.name}`]({card.name}/card.yaml)"
+        rows.append([link, paper, card.families.maps, card.families.tokens, knob])
+    lines += _markdown(["defense", "paper", "maps", "tokens", "strength"], rows)
     for protocol, content in sorted({(r.protocol, r.content) for c in cards for r in c.measured}):
-        lines += ["", *_table(protocol, content, cards)]
+        measured = [(c, row) for c in cards for row in c.measured if row.content == content]
+        lines += ["", f"## {protocol}", "", *_defaults_table(measured)]
+        if any(row.params for _, row in measured):
+            lines += ["", "### Strengths and variants", "", *_variants_table(measured)]
     return "\n".join(lines) + "\n"
 
 
-def _table(protocol: str, content: str, cards: Sequence[Card]) -> list[str]:
-    rows = [(card, row) for card in cards for row in card.measured if row.content == content]
-    attacks = sorted({row.attack for _, row in rows})
-    runs: dict[tuple[str, str, int], dict[str, Measurement]] = {}
-    for card, row in rows:
-        runs.setdefault((card.name, _spelled(row.params), row.seed), {})[row.attack] = row
-    some = rows[0][1]
-    floors = sorted({f"{row.floor_psnr:.1f} dB / {row.floor_ssim:.2f}" for _, row in rows})
+def _defaults_table(measured: Sequence[tuple[Card, Measurement]]) -> list[str]:
+    """The defenses with their default parameters, against every attack."""
+    runs: dict[tuple[str, int], dict[str, Measurement]] = {}
+    for card, row in measured:
+        if not row.params:
+            runs.setdefault((card.name, row.seed), {})[row.attack] = row
+    attacks = sorted({attack for found in runs.values() for attack in found})
+    some = measured[0][1]
+    floors = sorted({f"{row.floor_psnr:.1f} dB / {row.floor_ssim:.2f}" for _, row in measured})
     heads = ["defense", "accuracy", *(f"{attack}: PSNR / SSIM" for attack in attacks)]
     heads += ["worst leakage (SSIM)", "client MFLOPs", "KB sent"]
-    lines = [
-        f"## {protocol}",
-        "",
-        f"Content `{content}`; {some.images} images attacked; floor (best blind guess, PSNR /",
-        f"SSIM): {', '.join(floors)}; {100 * some.undefended_accuracy:.1f} % without a defense.",
-        "Sorted by worst leakage, which is that of the strongest attack here: 0 is a blind guess,",
-        "1 the undefended split; empty where an attack has not been run. In brackets: 95 %",
-        "intervals over images. A star: the client is over the protocol's budget; not ranked.",
-        "",
-        f"| {' | '.join(heads)} |",
-        f"|{' --- |' * len(heads)}",
-    ]
-    for (name, params, seed), found in sorted(runs.items(), key=_order):
+    rows = []
+    for (name, seed), found in sorted(runs.items(), key=_order):
         first = next(iter(found.values()))
-        label = f"`{name}`" + (f" {params}" if params else "") + (f", seed {seed}" if seed else "")
-        label += "" if first.ranked else " *"
+        label = f"`{name}`" + (f", seed {seed}" if seed else "") + ("" if first.ranked else " *")
         cells = [label, f"{100 * first.accuracy:.1f} %"]
         scores = (found.get(attack) for attack in attacks)
         cells += [f"{one.psnr.value:.1f} / {one.ssim}" if one else "-" for one in scores]
         worst = _worst(found)
         cells.append("" if worst is None else f"{worst:.2f}")
         cells += [f"{first.client_flops / 1e6:.2f}", f"{first.bytes_up / 1024:.1f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        rows.append(cells)
+    return [
+        f"Content `{some.content}`; {some.images} images attacked; floor (best blind guess,",
+        f"PSNR / SSIM): {', '.join(floors)}; {100 * some.undefended_accuracy:.1f} % undefended.",
+        "Sorted by worst leakage, which is that of the strongest attack here: 0 is a blind guess,",
+        "1 the undefended split; empty where an attack has not been run. In brackets: 95 %",
+        "intervals over images. A star: the client is over the protocol's budget; not ranked.",
+        "",
+        *_markdown(heads, rows),
+    ]
+
+
+def _variants_table(measured: Sequence[tuple[Card, Measurement]]) -> list[str]:
+    """Every parameter set of the defenses that were run with more than one, weak ones first."""
+    varied = {card.name for card, row in measured if row.params}
+    met = [one for one in measured if one[0].name in varied and one[1].attack == VARIANTS_MEET]
+    rows = []
+    for card, row in sorted(met, key=lambda one: (one[0].name, *_from_weak_to_strong(*one))):
+        knob = card.strength.parameter if card.strength else None
+        plain = {knob: _defaults(card.name)[knob]} if knob else {}
+        label = f"`{card.name}` {_spelled(row.params or plain)}"
+        label += ("" if row.params else " (default)") + ("" if row.ranked else " *")
+        cells = [label, f"{100 * row.accuracy:.1f} %", f"{row.psnr.value:.1f}", str(row.ssim)]
+        rows.append([*cells, "-" if row.leakage is None else str(row.leakage)])
+    heads = ["defense", "accuracy", "PSNR, dB", "SSIM", "leakage (SSIM)"]
+    return [
+        f"Other parameters, met by the `{VARIANTS_MEET}` attack, from weak to strong.",
+        "",
+        *_markdown(heads, rows),
+    ]
+
+
+def _from_weak_to_strong(card: Card, row: Measurement) -> tuple[bool, float, str]:
+    """What a curve is sorted by; what varies in other parameters than the strength stands last."""
+    if card.strength is None:
+        return True, 0.0, _spelled(row.params)
+    knob, values = card.strength.parameter, card.strength.values
+    direction = 1 if values[-1] > values[0] else -1
+    value = (_defaults(card.name) | row.params)[knob]
+    assert isinstance(value, int | float), "checked by the tests of the cards"
+    return bool(set(row.params) - {knob}), direction * value, _spelled(row.params)
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"] + [
+        f"| {' | '.join(row)} |" for row in rows
+    ]
 
 
 def _order(run: tuple[object, dict[str, Measurement]]) -> float:

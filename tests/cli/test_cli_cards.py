@@ -104,6 +104,31 @@ def test_the_table_has_a_row_for_each_run(folder, record):
     assert f"{record.cost.client_flops / 1e6:.2f}" in line
 
 
+def test_variants_stand_in_a_table_of_their_own_from_weak_to_strong(folder, record):
+    def met(attack, **params):
+        run = record.defense.model_copy(update={"params": {**record.defense.params, **params}})
+        attacker = record.attack.model_copy(update={"name": attack})
+        return record.model_copy(update={"defense": run, "attack": attacker})
+
+    random = {"leakage": 0.0, "masks": "random"}
+    runs = [met("decoder", **random), met("decoder"), met("gradient")]
+    runs += [met("decoder", leakage=9.0), met("gradient", leakage=9.0), met("decoder", leakage=0.1)]
+    collect(folder, runs)
+    text = page([load_card(path) for path in sorted(folder.glob("*/card.yaml"))])
+    section = text[text.index(f"## {record.protocol.id}\n") :].partition("\n## ")[0]
+    defaults, _, variants = section.partition("### Strengths and variants")
+    assert defaults.count("| `privdfs`") == 1
+    rows = [row for row in variants.splitlines() if "privdfs" in row]
+    labels = [row.split(" | ")[0].removesuffix(" *") for row in rows]
+    assert labels == [
+        "| `privdfs` `leakage=0.1`",
+        "| `privdfs` `leakage=0.3` (default)",
+        "| `privdfs` `leakage=9.0`",
+        "| `privdfs` `leakage=0.0`, `masks=random`",
+    ]
+    assert "`none`" not in variants
+
+
 @pytest.mark.parametrize("words", ["no-such-run", "."])
 def test_what_is_no_record_is_one_line(folder, words, capsys):
     assert main([str(folder / words)], folder) == 2
