@@ -5,31 +5,29 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mibench import seeding
 from mibench.artifacts import ArtifactStore
-from mibench.assault import attack
 from mibench.attacks.base import Attack
-from mibench.controls import best_guess, blind_guesses
 from mibench.data.roles import Roles, load_roles
 from mibench.data.sets import ImageSet
 from mibench.defenses.base import Defense
-from mibench.deployment import code_of, examine, fit
+from mibench.deployment import Deployed, code_of, examine, fit
 from mibench.errors import InvalidParamsError
 from mibench.files import Json, content_id
-from mibench.job import UNDEFENDED, Job
+from mibench.job import SUITE, UNDEFENDED, Job
 from mibench.params import build
 from mibench.protocol import ROLES, Protocol
 from mibench.provenance import provenance
 from mibench.record import Component, Cost, DataFacts, ProtocolId, Record
 from mibench.registry import attacks, backbones, defenses, fingerprint
-from mibench.scoring import attribute_scores, leakage_scores, score, utility_scores
+from mibench.scoring import attribute_scores, utility_scores
+from mibench.strike import Strike, interval_seed, strike, worst_case
 from mibench.task import Task
 from mibench.utility import answers, cost
 
@@ -49,6 +47,7 @@ class Result:
         reconstructions: what the attack made of them, (N, 3, H, W) in [0, 1].
         controls: images of the same shape by control.
         per_image: values (N,) by metric.
+        parts: of a suite, the result of each attack alone.
     """
 
     record: Record
@@ -58,6 +57,7 @@ class Result:
     reconstructions: Tensor
     controls: dict[str, Tensor]
     per_image: dict[str, Tensor]
+    parts: Mapping[str, Result] = field(default_factory=dict)
 
 
 def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str) -> Result:
@@ -76,72 +76,93 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
     opened = open_record(job, device)
     torch.set_num_threads(job.protocol.threads)
     roles = load_roles(job.protocol.data, data_root, store.root)
-    private = roles.attacked
-    bare = job.defense == UNDEFENDED
 
     deployed = fit(job, roles, store, device)
+    bare = job.defense == UNDEFENDED
     reference = deployed if bare else fit(job.undefended(), roles, store, device)
-    assault = attack(job, deployed, roles, store, device)
-    baseline = assault if bare else attack(job, reference, roles, store, device)
 
-    rebuilt = assault.from_true_shares()
-    permuted = assault.from_permuted_shares()
-    rebuilt_undefended = rebuilt if bare else baseline.from_true_shares()
-    guesses = blind_guesses(roles.auxiliary, len(private)) | assault.blind()
+    jobs = {one.attack: one for one in job.single()}
+    strikes = {
+        name: strike(one, deployed, reference, roles, store, device) for name, one in jobs.items()
+    }
+    model = _of_the_model(job, deployed, reference, roles)
 
-    names, originals = tuple(job.protocol.metrics), private.images()
-    seed = seeding.derive(job.seed, "intervals")
-    scores = score(names, rebuilt, originals, seed)
-    undefended = score(names, rebuilt_undefended, originals, seed)
-    permuted_scores = score(names, permuted, originals, seed)
-    floor = best_guess(names, guesses, roles.validation, originals, seed)
+    def result(opened: Record, struck: Strike, parts: Mapping[str, Result]) -> Result:
+        weak = any(one.calibrated is False for one in struck.calibration)
+        ranked = opened.protocol.ranked and not model.deviations and not weak
+        record = opened.completed(
+            protocol=opened.protocol.model_copy(update={"ranked": ranked}),
+            deviations=opened.deviations + model.deviations,
+            wall_seconds=round(time.monotonic() - began, 1),
+            adversary=struck.adversary,
+            scores=struck.scores.summary,
+            undefended=struck.undefended.summary,
+            prior_only=struck.floor.summary,
+            permuted=struck.permuted_scores.summary,
+            leakage=struck.leakage(interval_seed(job)),
+            calibration=struck.calibration,
+            convergence=struck.convergence,
+            suite=struck.suite,
+            attack_facts=struck.facts,
+            **model.fields,
+        )
+        return Result(
+            record=record,
+            manifest=model.manifest,
+            task=roles.task,
+            originals=roles.attacked,
+            reconstructions=struck.reconstructions,
+            controls={"permuted": struck.permuted, **struck.guesses},
+            per_image={**struck.columns(), "correct": model.correct[roles.chosen]},
+            parts=parts,
+        )
 
+    if not job.suite:
+        return result(opened, strikes[job.attack], {})
+    parts = {
+        name: result(open_record(one, device), strikes[name], {}) for name, one in jobs.items()
+    }
+    return result(opened, worst_case(strikes, job, roles), parts)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What a record says of the defended model itself, whoever attacks it."""
+
+    fields: dict[str, object]
+    deviations: list[str]
+    manifest: list[str]
+    correct: Tensor
+
+
+def _of_the_model(job: Job, deployed: Deployed, reference: Deployed, roles: Roles) -> _Model:
     batch, task, labels = job.protocol.batch, roles.task, roles.private.labels
+    seed = interval_seed(job)
     told = answers(deployed.defense, roles.private, batch)
+    bare = deployed is reference
     told_undefended = told if bare else answers(reference.defense, roles.private, batch)
     # For whoever chooses a defense's parameters: never choose them on private images.
     same_labels = job.protocol.adversary.auxiliary != "other"
     validated = answers(deployed.defense, roles.validation, batch) if same_labels else None
     examined = examine(deployed.defense, roles.validation) if same_labels else {}
     manifest = roles.private.hashes()
-    spent = cost(deployed.defense, reference.defense, private)
-    over = _over_budget(job.protocol, spent) + _other_images(job.protocol, roles)
-    record = opened.completed(
-        protocol=opened.protocol.model_copy(update={"ranked": opened.protocol.ranked and not over}),
-        deviations=opened.deviations + over,
-        wall_seconds=round(time.monotonic() - began, 1),
-        data=_data_facts(job.protocol, roles),
-        manifest=hashlib.sha256(manifest_text(manifest)).hexdigest(),
-        adversary=assault.adversary,
-        scores=scores.summary,
-        undefended=undefended.summary,
-        prior_only=floor.summary,
-        permuted=permuted_scores.summary,
-        leakage=leakage_scores(scores, floor, undefended, seed),
-        utility=[
-            *utility_scores("", task, told, labels, seed),
-            *utility_scores("undefended ", task, told_undefended, labels, seed),
-            *utility_scores("validation ", task, validated, roles.validation.labels, seed),
-        ],
-        attributes=attribute_scores(task, told, told_undefended, labels),
-        cost=spent,
-        defense_facts={**deployed.facts, **examined},
-        attack_facts=assault.attacker.facts(),
-    )
-    return Result(
-        record=record,
-        manifest=manifest,
-        task=task,
-        originals=private,
-        reconstructions=rebuilt,
-        controls={"permuted": permuted, **guesses},
-        per_image={
-            **scores.columns(""),
-            **undefended.columns("undefended_"),
-            **permuted_scores.columns("permuted_"),
-            **floor.columns("prior_only_"),
-            "correct": task.correct(told, labels)[roles.chosen],
+    spent = cost(deployed.defense, reference.defense, roles.attacked)
+    return _Model(
+        fields={
+            "data": _data_facts(job.protocol, roles),
+            "manifest": hashlib.sha256(manifest_text(manifest)).hexdigest(),
+            "utility": [
+                *utility_scores("", task, told, labels, seed),
+                *utility_scores("undefended ", task, told_undefended, labels, seed),
+                *utility_scores("validation ", task, validated, roles.validation.labels, seed),
+            ],
+            "attributes": attribute_scores(task, told, told_undefended, labels),
+            "cost": spent,
+            "defense_facts": {**deployed.facts, **examined},
         },
+        deviations=_over_budget(job.protocol, spent) + _other_images(job.protocol, roles),
+        manifest=manifest,
+        correct=task.correct(told, labels),
     )
 
 
@@ -161,12 +182,15 @@ def open_record(job: Job, device: str) -> Record:
     for name in protocol.attacks:
         attacks.entry(name)
     granted = protocol.adversary.knowledge
-    method = attacks.load(job.attack)
-    if not granted.grants(method.knowledge):
-        raise InvalidParamsError(
-            f"attack {job.attack} needs {method.knowledge} knowledge, but protocol {protocol.id} "
-            f"grants {granted}; choose another attack or protocol"
-        )
+    found = {}
+    for one in job.single():
+        method = attacks.load(one.attack)
+        if not granted.grants(method.knowledge):
+            raise InvalidParamsError(
+                f"attack {one.attack} needs {method.knowledge} knowledge, but protocol "
+                f"{protocol.id} grants {granted}; choose another attack or protocol"
+            )
+        found[one.attack] = _component(method, one.attack, one.merged_attack_params())
     return Record(
         status="started",
         protocol=ProtocolId(
@@ -177,12 +201,23 @@ def open_record(job: Job, device: str) -> Record:
             values=protocol.described(),
         ),
         defense=_component(defenses.load(job.defense), job.defense, job.defense_params),
-        attack=_component(method, job.attack, job.merged_attack_params()),
+        attack=_suite(found) if job.suite else found[job.attack],
         backbone=_component(backbones.load(backbone.name), backbone.name, backbone.params),
         seed=job.seed,
         deviations=job.deviations(),
+        convergence=[] if job.converge else None,
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         provenance=provenance(device, protocol.threads),
+    )
+
+
+def _suite(found: Mapping[str, Component]) -> Component:
+    """All attacks as one, with the parameters of each."""
+    return Component(
+        name=SUITE,
+        version=max(one.version for one in found.values()),
+        code=content_id([one.code for one in found.values()]),
+        params={name: one.params for name, one in found.items()},
     )
 
 

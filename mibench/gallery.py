@@ -19,7 +19,8 @@ SIDE = 96
 COLUMNS = ("original", "reconstruction", "control: permuted")
 _GAP, _MARGIN, _CAPTION, _HEAD, _TITLE = 10, 20, 20, 24, 52
 _INK, _PALE, _PAPER = (25, 25, 30), (105, 105, 115), (255, 255, 255)
-_FIRST_CHOICE = "ssim"
+FIRST_CHOICE = "ssim"
+"""The metric that images are sorted and chosen by, where it was computed."""
 
 
 def draw(
@@ -88,7 +89,7 @@ def ranking(
     SSIM decides where it was computed, else the first metric that was.
     """
     known = [score for score in scores if score.metric in per_image]
-    known.sort(key=lambda score: score.metric != _FIRST_CHOICE)
+    known.sort(key=lambda score: score.metric != FIRST_CHOICE)
     if not known:
         return list(range(count)), "index"
     first = known[0]

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 
+from mibench.errors import InvalidParamsError
 from mibench.files import Json
+from mibench.params import build, merged
 from mibench.protocol import Protocol
 from mibench.registry import attacks, metrics
 
 UNDEFENDED = "none"
 """Name of the reference that leakage and accuracy are normalised by."""
+SUITE = "suite"
+"""Stands for all attacks that the protocol names, and the worst of them for each image."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,9 @@ class Job:
 
     ``defense_params`` and ``attack_params`` are what the user set; the protocol's own attack
     parameters lie beneath. ``weights`` is the folder of a trained defense to use instead of
-    training one; a job with it is never ranked.
+    training one; a job with it is never ranked. The attack may be `SUITE`; ``attack_params`` then
+    holds parameters by attack. With ``converge``, each attack is made a second time with twice its
+    budget, to see whether it had more to gain.
     """
 
     protocol: Protocol
@@ -30,28 +37,77 @@ class Job:
     attack_params: Mapping[str, Json]
     seed: int = 0
     weights: Path | None = None
+    converge: bool = False
+
+    @property
+    def suite(self) -> bool:
+        """Whether this stands for all attacks of the protocol."""
+        return self.attack == SUITE
+
+    def single(self) -> list[Job]:
+        """This job, or for the suite one job for each attack of the protocol.
+
+        Raises:
+            InvalidParamsError: the suite of a protocol that names no attack.
+        """
+        if not self.suite:
+            return [self]
+        if not self.protocol.attacks:
+            raise InvalidParamsError(
+                f"protocol {self.protocol.id} names no attacks, so it has no {SUITE}; name one "
+                "attack, or list some under 'attacks' in the protocol"
+            )
+        return [
+            replace(self, attack=name, attack_params=self._own_params(name))
+            for name in self.protocol.attacks
+        ]
 
     def undefended(self) -> Job:
         """The same attack on the undefended split."""
         return Job(self.protocol, UNDEFENDED, self.attack, {}, self.attack_params, self.seed)
 
+    def budget(self) -> dict[str, int]:
+        """The parameters of this single attack that cost it time, by dotted name."""
+        method = attacks.load(self.attack)
+        params = build(method.Params, self.merged_attack_params(), f"attack {self.attack}")
+        return {key: attrgetter(key)(params) for key in method.budget}
+
+    def doubled(self) -> Job:
+        """The same single attack with twice its budget."""
+        params = dict(self.attack_params)
+        for key, value in self.budget().items():
+            nested: Json = 2 * value
+            for part in reversed(key.split(".")):
+                nested = {part: nested}
+            assert isinstance(nested, Mapping)
+            params = merged(params, nested)
+        return replace(self, attack_params=params, converge=False)
+
+    def _own_params(self, name: str) -> Mapping[str, Json]:
+        given = self.attack_params.get(name, {})
+        assert isinstance(given, Mapping), "read from --set NAME.KEY=VALUE"
+        return given
+
     def merged_attack_params(self) -> dict[str, Json]:
         """The protocol's parameters of this attack with the user's on top."""
-        return _merge(self.protocol.attacks.get(self._attack_name, {}), self.attack_params)
+        return merged(self.protocol.attacks.get(self.built_in, {}), self.attack_params)
 
     @property
-    def _attack_name(self) -> str:
+    def built_in(self) -> str:
         """The name that a built-in was registered with, however the user has spelled it."""
         method = attacks.load(self.attack)
         return method.name if method.__module__.startswith("mibench.") else self.attack
 
     def deviations(self) -> list[str]:
         """How this job departs from its protocol."""
-        found = [f"attack.{key} set by hand" for key in sorted(self.attack_params)]
+        found = []
+        for one in self.single():
+            root = one.attack if self.suite else "attack"
+            found += [f"{root}.{key} set by hand" for key in sorted(one.attack_params)]
+            if one.built_in not in self.protocol.attacks:
+                found.append(f"attack {one.attack} is none of the protocol's")
         if self.weights is not None:
             found.append(f"trained weights given by hand ({self.weights.resolve().name})")
-        if self._attack_name not in self.protocol.attacks:
-            found.append(f"attack {self.attack} is none of the protocol's")
         found += [
             f"{key} differs from the released {self.protocol.id}" for key in self.protocol.changes
         ]
@@ -62,12 +118,3 @@ class Job:
         if self.seed not in self.protocol.seeds:
             found.append(f"seed {self.seed} is none of the protocol's {list(self.protocol.seeds)}")
         return found
-
-
-def _merge(below: Mapping[str, Json], above: Mapping[str, Json]) -> dict[str, Json]:
-    merged = dict(below)
-    for key, value in above.items():
-        under = merged.get(key)
-        both = isinstance(under, Mapping) and isinstance(value, Mapping)
-        merged[key] = _merge(under, value) if both else value  # type: ignore[arg-type]
-    return merged

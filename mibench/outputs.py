@@ -33,6 +33,8 @@ def write_result(result: Result, out: Path) -> Record:
 
     A reader that finds a record with status ``success`` therefore finds all other files whole.
 
+    Of a suite, each attack gets a folder of its own inside.
+
     Args:
         result: what `evaluate` returned.
         out: the run's folder; other files in it stay untouched.
@@ -44,6 +46,8 @@ def write_result(result: Result, out: Path) -> Record:
     Raises:
         StorageError: something cannot be written.
     """
+    for name, part in result.parts.items():
+        write_result(part, out / name)
     folder = out / RECONSTRUCTIONS
     ensure_writable(folder)
     images = to_bytes(result.reconstructions)

@@ -389,3 +389,13 @@ def parse_assignments(
             inner = inner.setdefault(part, {})
         inner[path[-1]] = value
     return result
+
+
+def merged(below: Mapping[str, Json], above: Mapping[str, Json]) -> dict[str, Json]:
+    """Returns ``below`` with the values of ``above`` on top, key by key where both are nested."""
+    found = dict(below)
+    for key, value in above.items():
+        under = found.get(key)
+        both = isinstance(under, Mapping) and isinstance(value, Mapping)
+        found[key] = merged(under, value) if both else value  # type: ignore[arg-type]
+    return found

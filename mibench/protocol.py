@@ -6,6 +6,7 @@ nearest key, and the content id hashes every value that can change a result.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -14,14 +15,16 @@ from typing import Literal
 from pydantic import Field, JsonValue, model_validator
 
 from mibench.errors import InvalidParamsError, UnknownNameError
-from mibench.files import canonical_json, content_id
-from mibench.params import Parameters, build, parse_yaml
+from mibench.files import Json, canonical_json, content_id
+from mibench.params import Parameters, build, merged, parse_yaml
 from mibench.suggest import unknown
 from mibench.threat import Knowledge
 
 SSIM_WINDOW = 11
 """Side of SSIM's window in pixels."""
 ROLES = ("train", "auxiliary", "validation", "private")
+SILENT = {"title", "references", "minutes"}
+"""Fields of a protocol that change no result."""
 Auxiliary = Literal["training", "disjoint", "other"]
 """The attacker's images: the training images themselves, others of the same kind, another kind."""
 
@@ -222,6 +225,8 @@ class Protocol(Parameters):
         max_client_flops: client budget per image; above it a row is not ranked.
         batch: images per batch when attacking; random draws are made batch by batch.
         threads: CPU threads; another number changes results in the last bits.
+        references: by attack, the PSNR in dB that it must reach on the undefended split, measured
+            when the protocol was made; an attack that stays below is not calibrated.
         minutes: minutes that parts took on a CPU, for the estimate before a run: ``defense`` and
             each attack by name, per target; ``<attack> once`` for what all its targets share.
     """
@@ -241,6 +246,7 @@ class Protocol(Parameters):
     max_client_flops: int | None = Field(default=None, gt=0)
     batch: int = Field(default=128, gt=0)
     threads: int = Field(default=1, gt=0, le=1024)
+    references: dict[str, float] = Field(default_factory=dict)
     minutes: dict[str, float] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -260,14 +266,14 @@ class Protocol(Parameters):
 
     @cached_property
     def content_id(self) -> str:
-        """Hash of every value that can change a result (titles and time estimates cannot).
+        """Hash of every value that can change a result.
+
+        Titles and time estimates cannot, and references judge a result that is there.
 
         Values at their default are left out, so that a field that is added later, with a default
         that keeps its absence's meaning, changes no released id.
         """
-        described = self.model_dump(
-            mode="json", exclude={"title", "minutes"}, exclude_defaults=True
-        )
+        described = self.model_dump(mode="json", exclude=SILENT, exclude_defaults=True)
         return content_id(described)
 
     @property
@@ -288,7 +294,18 @@ class Protocol(Parameters):
 
     def described(self) -> dict[str, JsonValue]:
         """Returns every value that can change a result, defaults spelled out."""
-        return self.model_dump(mode="json", exclude={"title", "minutes"})
+        return self.model_dump(mode="json", exclude=SILENT)
+
+    def changed(self, values: Mapping[str, Json]) -> Protocol:
+        """Returns this protocol with other values, such as those of the command line; never ranked.
+
+        Args:
+            values: nested as the fields are; what they leave out stays.
+
+        Raises:
+            InvalidParamsError: a key or value is wrong.
+        """
+        return build(Protocol, merged(self.model_dump(mode="json"), values), self.id)
 
     def on(self, data: DataRule) -> Protocol:
         """Returns this protocol with other data; it is another protocol and never ranked.

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, model_va
 from mibench.errors import RecordError
 from mibench.files import content_id, pretty_json
 
-FORMAT = 2
+FORMAT = 3
 """Version of the format that this code writes."""
 
 
@@ -118,6 +118,54 @@ class Cost(_Part):
     image_values: int
 
 
+class Calibration(_Part):
+    """Whether an attack is as strong as it should be, by its PSNR in dB on the undefended split.
+
+    Attributes:
+        attack: its name.
+        reached: mean PSNR in this run.
+        reference: what the protocol asks for; null where it has no reference for this attack.
+        calibrated: whether that was reached; null without a reference.
+    """
+
+    attack: str
+    reached: float
+    reference: float | None
+    calibrated: bool | None
+
+
+class Convergence(_Part):
+    """What an attack gains from twice its budget.
+
+    Attributes:
+        attack: its name.
+        budget: the parameters that were doubled, each with its value before and after.
+        gained: by metric, how much more leaked with twice the budget, in the metric's unit.
+        converged: whether no metric gained more than `evaluate.CONVERGED` allows.
+    """
+
+    attack: str
+    budget: dict[str, tuple[JsonValue, JsonValue]]
+    gained: dict[str, float]
+    converged: bool
+
+
+class SuitePart(_Part):
+    """One attack of a suite.
+
+    Attributes:
+        attack: its name.
+        scores: of its reconstructions.
+        share_of_worst: by metric, the share of the images for which it was the worst attack.
+        facts: what its preparation reached.
+    """
+
+    attack: str
+    scores: list[Score]
+    share_of_worst: dict[str, float]
+    facts: dict[str, JsonValue]
+
+
 class Record(_Part):
     """The result of one run.
 
@@ -140,6 +188,9 @@ class Record(_Part):
             the defended one on the validation images; for a dataset of attributes, the share of
             rightly told attributes, and balanced accuracies beside it.
         attributes: the same for each attribute of such a dataset, on all private images.
+        calibration: one entry for each attack whose PSNR was computed; empty before format 3.
+        convergence: one entry for each attack; null where it was not asked for.
+        suite: of a suite, what each of its attacks did alone.
     """
 
     format_version: int = FORMAT
@@ -163,6 +214,9 @@ class Record(_Part):
     leakage: list[Score] = []
     utility: list[Score] = []
     attributes: list[AttributeScore] = []
+    calibration: list[Calibration] = []
+    convergence: list[Convergence] | None = None
+    suite: list[SuitePart] = []
     cost: Cost | None = None
     defense_facts: dict[str, JsonValue] = {}
     attack_facts: dict[str, JsonValue] = {}

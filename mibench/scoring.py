@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mibench.errors import UnavailableError
@@ -66,6 +67,41 @@ def score(names: Sequence[str], images: Tensor, originals: Tensor, seed: int) ->
         per_image[name] = values
         summary.append(_as_score(metric, estimate_mean(values, seed)))
     return Scores(summary, per_image)
+
+
+def worst_of(parts: Mapping[str, Scores], seed: int) -> tuple[Scores, dict[str, list[str]]]:
+    """The most harmful of several reconstructions, for each image and each metric on its own.
+
+    Args:
+        parts: scores of the same images, by attack.
+        seed: of the intervals.
+
+    Returns:
+        The scores, and by metric the attack that each image's value comes from.
+    """
+    attackers, first = list(parts), next(iter(parts.values()))
+    summary, per_image, chosen = [], {}, {}
+    for given in first.summary:
+        name, metric = given.metric, _metric(given.metric)
+        if name not in first.per_image:
+            summary.append(given)
+            continue
+        values = torch.stack([part.per_image[name] for part in parts.values()])
+        harm = values if metric.more_leakage == "higher" else -values
+        best = harm.argmax(0)
+        per_image[name] = values.gather(0, best[None])[0]
+        chosen[name] = [attackers[at] for at in best.tolist()]
+        summary.append(_as_score(metric, estimate_mean(per_image[name], seed)))
+    return Scores(summary, per_image), chosen
+
+
+def gained(before: Scores, after: Scores) -> dict[str, float]:
+    """How much more leaks on average in ``after``, by metric, in its unit; below 0 is less."""
+    found = {}
+    for name in before.per_image:
+        change = float((after.per_image[name] - before.per_image[name]).mean())
+        found[name] = change if _metric(name).more_leakage == "higher" else -change
+    return found
 
 
 def leakage_scores(scores: Scores, floor: Scores, undefended: Scores, seed: int) -> list[Score]:

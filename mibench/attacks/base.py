@@ -74,6 +74,8 @@ class Attack(ABC):
     name: ClassVar[str]
     version: ClassVar[int]
     knowledge: ClassVar[Knowledge] = Knowledge.BLACK_BOX
+    budget: ClassVar[tuple[str, ...]] = ()
+    """Counts among the parameters that buy strength with time, by dotted name; to be doubled."""
 
     class Params(Parameters):
         """Parameters of the attack; each field becomes a ``--set attack.<field>`` option."""

@@ -40,6 +40,7 @@ class Decoder(Attack):
     """
 
     knowledge = Knowledge.BLACK_BOX
+    budget = ("steps",)
 
     class Params(Attack.Params):
         """Size and training of the network."""

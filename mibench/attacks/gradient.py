@@ -31,6 +31,7 @@ class Gradient(Attack):
     """
 
     knowledge = Knowledge.WHITE_BOX
+    budget = ("steps",)
 
     class Params(Attack.Params):
         """Budget of the descent and grid of the prior's weight."""

@@ -20,6 +20,7 @@ ATTACKERS_IMAGES = {
     "disjoint": "has other images of the same kind",
     "other": "has images of another dataset",
 }
+SUITE = "suite"
 SMOKE = "procedural-smoke-v1"
 RANKED = "cifar10-lite-v1"
 
@@ -29,7 +30,11 @@ def run(
         str, typer.Option(help="Name (see `mibench list defenses`) or ./file.py:Class.")
     ],
     attack: Annotated[
-        str, typer.Option(help="Name (see `mibench list attacks`) or ./file.py:Class.")
+        str,
+        typer.Option(
+            help="Name (see `mibench list attacks`), ./file.py:Class, or `suite`: all attacks that "
+            "the protocol names, then the worst of them for each image."
+        ),
     ],
     protocol: Annotated[
         str | None,
@@ -41,7 +46,8 @@ def run(
             "--set",
             metavar="KEY=VALUE",
             help="A parameter, such as defense.density=0.04 or attack.steps=50; repeatable. The "
-            "name works too: privdfs.density=0.04.",
+            "name works too: privdfs.density=0.04. protocol.adversary.coalition=2 changes the "
+            "protocol, and is never ranked.",
         ),
     ] = None,
     dataset: Annotated[
@@ -85,6 +91,14 @@ def run(
             "as CACHE/defense/0123456789abcdef (the record of its run names it). Never ranked."
         ),
     ] = None,
+    converge: Annotated[
+        bool,
+        typer.Option(
+            "--converge",
+            help="Make each attack on the defense again with twice its budget, and say what that "
+            "gains.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, show the plan, run nothing.")
     ] = False,
@@ -115,11 +129,14 @@ def run(
         attack_params=given.get("attack", {}),
         seed=chosen.seeds[0] if seed is None else seed,
         weights=weights,
+        converge=converge,
     )
     record = _check_components(job, device)
     named: dict[str, Json] = {"dataset": dataset} if dataset else {}
     if weights is not None:
         named["weights"] = weights.resolve().name
+    if converge:
+        named["converge"] = True
     folder = out or default_folder(record, {**given, "data": named} if named else given)
     found = earlier_record(folder, record)
     if not dry_run:
@@ -177,6 +194,7 @@ def _identity(record: Record) -> dict[str, object]:
         "protocol": record.protocol.id,
         "seed": record.seed,
         "weights": [one for one in record.deviations if "weights" in one],
+        "--converge": record.convergence is not None,
         **{f"defense.{key}": value for key, value in record.defense.params.items()},
         **{f"attack.{key}": value for key, value in record.attack.params.items()},
         "content of the protocol": record.protocol.content,
@@ -186,14 +204,16 @@ def _identity(record: Record) -> dict[str, object]:
 def estimate_minutes(protocol: Protocol, defense: str, attack: str) -> float | None:
     """Returns about how many minutes a run takes on two CPU cores; None where nobody measured.
 
-    Both parts count twice for a defended run: the undefended reference is trained and attacked too.
-    What the attack learns once for all targets counts once.
+    All but what an attack learns once for all targets counts twice for a defended run: the
+    undefended reference is trained and attacked too.
     """
     times = protocol.minutes
-    if "defense" not in times or attack not in times:
+    names = list(protocol.attacks) if attack == SUITE else [attack]
+    if not {"defense", *names} <= set(times):
         return None
-    per_target = times["defense"] + times[attack]
-    return per_target * (1 if defense == "none" else 2) + times.get(f"{attack} once", 0.0)
+    per_target = times["defense"] + sum(times[name] for name in names)
+    once = sum(times.get(f"{name} once", 0.0) for name in names)
+    return per_target * (1 if defense == "none" else 2) + once
 
 
 def _check_names(
@@ -205,11 +225,18 @@ def _check_names(
     from mibench.registry import attacks, defenses
 
     chosen = load_protocol(protocol)
-    for registry, name in ((defenses, defense), (attacks, attack)):
+    named = [(defenses, defense)] + ([] if attack == SUITE else [(attacks, attack)])
+    for registry, name in named:
         if ":" not in name and not name.endswith(".py"):
             registry.entry(name)
-    roots = ("defense", "attack")
-    given = parse_assignments(assignments, roots, {defense: "defense", attack: "attack"})
+    own = list(chosen.attacks) if attack == SUITE else ["attack"]
+    given = parse_assignments(
+        assignments, ["defense", *own, "protocol"], {defense: "defense", attack: "attack"}
+    )
+    if "protocol" in given:
+        chosen = chosen.changed(given.pop("protocol"))
+    if attack == SUITE:
+        given["attack"] = {name: given.pop(name) for name in own if name in given}
     return chosen, given
 
 
@@ -364,8 +391,9 @@ def _run(
         _close(record, error, folder, keep=keep)
         raise
     print_record(console, finished)
+    alone = f", and each attack alone in {', '.join(result.parts)}" if result.parts else ""
     console.print(
-        f"Files: {folder} (record.json, per_image.parquet, grid.png, reconstructions/)",
+        f"Files: {folder} (record.json, per_image.parquet, grid.png, reconstructions/){alone}",
         soft_wrap=True,
     )
 

@@ -96,6 +96,8 @@ def _below(record: Record) -> Iterable[str]:
             f"  over {len(record.attributes)} attributes; each one's accuracy is in the record, "
             "under attributes"
         )
+    yield from _suite(record)
+    yield from _strength(record)
     if record.cost is not None:
         yield from _cost(record.cost)
     if record.adversary is not None:
@@ -137,6 +139,38 @@ def _accuracy(name: str, defended: Score, undefended: Score) -> str:
         f"{name}: {_percent(defended)}, undefended {_percent(undefended)}: "
         f"{points:+.1f} points (on {defended.n} private images)"
     )
+
+
+def _suite(record: Record) -> Iterable[str]:
+    """What each attack of a suite did alone."""
+    if record.suite:
+        yield "For each image and metric, the worst of these attacks:"
+    for part in record.suite:
+        told = [
+            f"{one.metric.upper()} {one.value:.{DIGITS.get(one.metric, 3)}f} "
+            f"(worst for {100 * part.share_of_worst[one.metric]:.0f} % of the images)"
+            for one in part.scores
+            if one.value is not None
+        ]
+        yield f"  {part.attack}: {', '.join(told)}"
+
+
+def _strength(record: Record) -> Iterable[str]:
+    """Whether the attacks are as strong as they should be."""
+    for one in record.calibration:
+        if one.calibrated is False:
+            yield (
+                f"NOT CALIBRATED: {one.attack} reaches {one.reached:.2f} dB on the undefended "
+                f"split, and the protocol asks for {one.reference:.2f}; its scores are no measure"
+            )
+    for gain in record.convergence or []:
+        what = ", ".join(f"{key} {old} to {new}" for key, (old, new) in gain.budget.items())
+        gains = ", ".join(
+            f"{metric.upper()} {value:+.{DIGITS.get(metric, 3)}f}"
+            for metric, value in gain.gained.items()
+        )
+        verdict = "converged" if gain.converged else "NOT CONVERGED"
+        yield f"{gain.attack}, {verdict}: {what or 'no budget to double'}; more leakage: {gains}"
 
 
 def _percent(score: Score) -> str:

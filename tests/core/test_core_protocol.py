@@ -16,7 +16,7 @@ from mibench.params import build
 from mibench.protocol import DataRule, Protocol, RoleRule, load_protocol, released
 
 ROLES = ("train", "auxiliary", "validation", "private")
-SILENT = {"title", "minutes"}
+SILENT = {"title", "references", "minutes"}
 """Top-level keys that cannot change a result."""
 
 BASE = {
@@ -38,6 +38,7 @@ BASE = {
     "attacks": {"decoder": {"steps": 10, "batch": 4}},
     "seeds": [0, 1],
     "max_client_flops": 1000,
+    "references": {"decoder": 30.0},
     "minutes": {"fit": 1.5},
 }
 

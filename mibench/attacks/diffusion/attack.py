@@ -45,6 +45,7 @@ class Diffusion(Attack):
     """
 
     knowledge = Knowledge.WHITE_BOX
+    budget = ("sampler.steps", "decoder.steps")
 
     class Params(Attack.Params):
         """Start, guidance, prior, and the grid of step sizes."""

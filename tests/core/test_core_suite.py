@@ -1,0 +1,177 @@
+"""All attacks of a protocol at once, whether they are strong enough, and the worst of them."""
+
+import json
+
+import pytest
+import torch
+
+from mibench import strike
+from mibench.artifacts import ArtifactStore
+from mibench.errors import InvalidParamsError
+from mibench.evaluate import evaluate
+from mibench.job import SUITE, Job
+from mibench.outputs import write_result
+from mibench.params import build
+from mibench.protocol import Protocol
+from mibench.record import read_record
+from mibench.scoring import Scores, gained, score, worst_of
+
+DECODER = {"steps": 60, "batch": 16, "lr": 5e-3}
+GRADIENT = {"steps": 20, "tuning_images": 2, "restarts": 1, "weights": [0.1]}
+
+
+def protocol(**changes):
+    values = {
+        "id": "suite-v1",
+        "track": "test",
+        "title": "two attacks",
+        "data": {
+            "dataset": "procedural",
+            "image_size": 32,
+            "train": {"split": "stream", "start": 0, "count": 32},
+            "auxiliary": {"split": "stream", "start": 1000, "count": 64},
+            "validation": {"split": "stream", "start": 2000, "count": 16},
+            "private": {"split": "stream", "start": 3000, "count": 12},
+            "attacked": 12,
+        },
+        "backbone": {
+            "name": "small-resnet", "params": {"stem": 8, "width": 8}, "split_point": "stem"
+        },
+        "recipe": {"steps": 4, "batch": 16, "precision": "fp32", "crop": 0},
+        "attacks": {"decoder": DECODER, "gradient": GRADIENT},
+        "metrics": {"mse": 1, "psnr": 1, "ssim": 1},
+        "batch": 8,
+    }  # fmt: skip
+    return build(Protocol, values | changes, "suite")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return ArtifactStore(tmp_path_factory.mktemp("cache"))
+
+
+def run(store, defense="noise", attack=SUITE, params=None, converge=False, **changes):
+    what = Job(protocol(**changes), defense, attack, {}, params or {}, converge=converge)
+    return evaluate(what, store, None, "cpu")
+
+
+@pytest.fixture(scope="module")
+def suite(store):
+    return run(store)
+
+
+def test_a_suite_is_the_worst_of_its_attacks_for_each_image(suite, store):
+    alone = {name: run(store, attack=name) for name in ("decoder", "gradient")}
+    worst = {"mse": torch.minimum, "psnr": torch.maximum, "ssim": torch.maximum}
+    for metric, pick in worst.items():
+        for prefix in ("", "undefended_", "permuted_"):
+            one, other = (part.per_image[prefix + metric] for part in alone.values())
+            assert torch.equal(suite.per_image[prefix + metric], pick(one, other))
+        summary = {one.metric: one.value for one in suite.record.scores}
+        assert summary[metric] == pytest.approx(suite.per_image[metric].mean().item(), rel=1e-5)
+    assert suite.record.attack.name == SUITE
+    assert list(suite.record.attack.params) == ["decoder", "gradient"]
+    assert suite.record.attack.params["gradient"]["steps"] == 20
+
+
+def test_a_suite_shows_of_each_image_what_came_closest(suite):
+    parts = {name: part.per_image["ssim"] for name, part in suite.parts.items()}
+    for at in range(12):
+        best = max(parts, key=lambda name: parts[name][at].item())
+        expected = suite.parts[best].reconstructions[at]
+        assert torch.equal(suite.reconstructions[at], expected)
+
+
+def test_a_suite_says_what_each_attack_did_alone(suite, store):
+    told = {part.attack: part for part in suite.record.suite}
+    assert list(told) == ["decoder", "gradient"]
+    for name, part in told.items():
+        assert part.scores == run(store, attack=name).record.scores
+    for metric in ("mse", "psnr", "ssim"):
+        assert sum(part.share_of_worst[metric] for part in told.values()) == pytest.approx(1)
+    assert torch.equal(suite.per_image["decoder_psnr"], suite.parts["decoder"].per_image["psnr"])
+
+
+def test_the_files_of_a_suite_hold_each_attack(suite, tmp_path):
+    record = write_result(suite, tmp_path / "run")
+    assert read_record(tmp_path / "run") == record
+    for name in ("decoder", "gradient"):
+        part = read_record(tmp_path / "run" / name)
+        assert part.attack.name == name
+        assert part.status == "success"
+
+
+def test_parameters_of_a_suite_are_given_by_attack(store):
+    found = run(store, params={"gradient": {"steps": 2}}).record
+    assert found.attack.params["gradient"]["steps"] == 2
+    assert found.attack.params["decoder"]["steps"] == 60
+    assert "gradient.steps set by hand" in found.deviations
+
+
+def test_a_protocol_without_attacks_has_no_suite(store):
+    with pytest.raises(InvalidParamsError, match="names no attacks"):
+        run(store, attacks={})
+
+
+@pytest.mark.parametrize(("reference", "calibrated"), [(5.0, True), (59.0, False), (None, None)])
+def test_an_attack_below_its_reference_is_not_calibrated(store, reference, calibrated):
+    references = {} if reference is None else {"decoder": reference}
+    (told,) = run(store, attack="decoder", references=references).record.calibration
+    assert told.calibrated is calibrated
+    undefended = {one.metric: one.value for one in run(store, attack="decoder").record.undefended}
+    assert told.reached == pytest.approx(undefended["psnr"])
+
+
+def test_references_change_no_result():
+    assert protocol(references={"decoder": 30.0}).content_id == protocol().content_id
+
+
+def test_convergence_compares_with_an_honest_run_of_twice_the_budget(store):
+    before = run(store, attack="gradient", converge=True)
+    after = run(store, attack="gradient", params={"steps": 40})
+    (told,) = before.record.convergence
+    assert told.budget == {"steps": (20, 40)}
+    for metric, sign in {"mse": -1, "psnr": 1, "ssim": 1}.items():
+        change = (after.per_image[metric] - before.per_image[metric]).mean().item()
+        assert told.gained[metric] == pytest.approx(sign * change, abs=1e-5)
+    enough = told.gained["psnr"] <= 0.5 and told.gained["ssim"] <= 0.02
+    assert told.converged is enough
+    assert run(store, attack="gradient").record.convergence is None
+
+
+@pytest.mark.parametrize(("allowed", "converged"), [(0.01, False), (50.0, True)])
+def test_an_attack_that_gains_more_than_allowed_has_not_converged(
+    store, monkeypatch, allowed, converged
+):
+    monkeypatch.setattr(strike, "CONVERGED", {"psnr": allowed})
+    (told,) = run(store, "none", "gradient", converge=True).record.convergence
+    assert told.gained["psnr"] > 0.1
+    assert told.converged is converged
+
+
+def test_worst_and_gained_follow_the_direction_of_each_metric():
+    originals = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    near, far = 0.9 * originals, 0.2 * originals
+    mixed = torch.stack([near[0], far[1], near[2]])
+    other = torch.stack([far[0], near[1], far[2]])
+    names = ("mse", "psnr", "ssim")
+    parts = {"a": score(names, mixed, originals, 0), "b": score(names, other, originals, 0)}
+    worst, chosen = worst_of(parts, 0)
+    best = score(names, near, originals, 0)
+    for name in names:
+        assert chosen[name] == ["a", "b", "a"]
+        assert torch.equal(worst.per_image[name], best.per_image[name])
+    assert worst.summary == best.summary
+    assert all(value > 0 for value in gained(score(names, far, originals, 0), best).values())
+    assert isinstance(worst, Scores)
+
+
+def test_a_record_of_an_older_format_is_still_read(suite, tmp_path):
+    values = json.loads(suite.record.to_json())
+    for key in ("calibration", "convergence", "suite"):
+        del values[key]
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(values | {"format_version": 2}))
+    found = read_record(path)
+    assert found.suite == []
+    assert found.convergence is None
