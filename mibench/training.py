@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ from mibench.protocol import Recipe
 Losses = Mapping[str, Tensor]
 History = dict[str, list[list[float]]]
 """Step and value of each loss term, at up to 50 evenly spaced steps."""
+JUDGED = "judged"
+"""Name in the history under which steps done and error of each judgement are kept."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,23 @@ class Step:
         return self.index / self.total
 
 
+@dataclass(frozen=True)
+class Judging:
+    """How a training is judged, on images that it does not learn from, to keep its best state.
+
+    Attributes:
+        error: a module that learns, with the weights that would be used → what is to be small.
+            Called in evaluation mode, without gradients, on a copy.
+        every: steps between two judgements; the last step is always judged.
+        patience: the training ends after so many judgements in a row without a better one; None:
+            never.
+    """
+
+    error: Callable[[nn.Module], float]
+    every: int
+    patience: int | None = None
+
+
 def optimise(
     module: nn.Module,
     losses: Callable[[Step], Losses],
@@ -52,6 +72,7 @@ def optimise(
     seed: int,
     checkpoint: Checkpoint,
     title: str,
+    judging: Judging | None = None,
 ) -> History:
     """Minimises the sum of named losses over the module's parameters, in place.
 
@@ -66,27 +87,28 @@ def optimise(
         seed: of the step streams.
         checkpoint: where the state is kept while training.
         title: what the progress bar says.
+        judging: keeps the best of the judged states instead of the last one.
 
     Returns:
-        The course of each loss term.
+        The course of each loss term, and under `JUDGED` that of the judgements.
 
     Raises:
         DivergedError: the loss became infinite or not a number. The checkpoint then holds the last
             state that was seen to be good.
     """
-    device, average = next(module.parameters()).device, recipe.average
+    device = next(module.parameters()).device
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimiser = _optimiser(parameters, recipe)
-    mean = {k: v.detach().clone() for k, v in module.state_dict().items()} if average else {}
-    history: History = {}
-    first = _resume(module, optimiser, mean, history, checkpoint)
-    good = _state(module, optimiser, mean, history, first)
+    run = _Run(module, _optimiser(parameters, recipe), recipe.average, judging)
+    first = run.resume(checkpoint)
+    good = run.state(first)
     module.train()
     with progress.task(title, total=recipe.steps) as task:
         task.advance(first)
         for index in range(first, recipe.steps):
+            if run.given_up:
+                break
             stream = seeding.generator(seed, "step", index)
-            for group in optimiser.param_groups:
+            for group in run.optimiser.param_groups:
                 group["lr"] = recipe.lr * _rate(index, recipe)
             with seeding.stream(seed, "global", index), autocast(device, recipe.precision):
                 terms = losses(Step(index, recipe.steps, stream))
@@ -95,26 +117,27 @@ def optimise(
             if not math.isfinite(value):
                 checkpoint.save(*good)
                 raise DivergedError(_diverged(title, index, terms, good[1]))
-            if noted or index == recipe.steps - 1:
+            last = index == recipe.steps - 1
+            if noted or last:
                 for name, term in terms.items():
-                    history.setdefault(name, []).append([index, term.item()])
+                    run.history.setdefault(name, []).append([index, term.item()])
             if noted:
-                good = _state(module, optimiser, mean, history, index)
-            optimiser.zero_grad(set_to_none=True)
+                good = run.state(index)
+            run.optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             if recipe.clip is not None:
                 nn.utils.clip_grad_norm_(parameters, recipe.clip)
-            optimiser.step()
-            if average:
-                _average(mean, module, average, index)
+            run.optimiser.step()
+            run.average_in(index)
+            if judging is not None and (last or (index + 1) % judging.every == 0):
+                run.judge(index + 1, title)
             task.advance(loss=value)
             # The last one too: what comes behind the training can be interrupted as well.
-            if checkpoint.due() or index == recipe.steps - 1:
-                checkpoint.save(*_state(module, optimiser, mean, history, index + 1))
-    if average:
-        module.load_state_dict(mean)
+            if checkpoint.due() or last or run.given_up:
+                checkpoint.save(*run.state(index + 1))
+    module.load_state_dict(run.used())
     module.eval()
-    return history
+    return run.history
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -196,16 +219,6 @@ def _rate(index: int, recipe: Recipe) -> float:
     return 0.5 * (1 + math.cos(math.pi * (index - warm) / max(recipe.steps - warm, 1)))
 
 
-@torch.no_grad()
-def _average(mean: dict[str, Tensor], module: nn.Module, decay: float, index: int) -> None:
-    decay = min(decay, (1 + index) / (10 + index))
-    for name, value in module.state_dict().items():
-        if value.is_floating_point():
-            mean[name].lerp_(value, 1 - decay)
-        else:
-            mean[name].copy_(value)
-
-
 def _diverged(title: str, index: int, terms: Losses, good: Mapping[str, Json]) -> str:
     found = {name: term.item() for name, term in terms.items()}
     broken = [f"{name} is {value}" for name, value in found.items() if not math.isfinite(value)]
@@ -218,45 +231,102 @@ def _diverged(title: str, index: int, terms: Losses, good: Mapping[str, Json]) -
     )
 
 
-def _state(
-    module: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    mean: Mapping[str, Tensor],
-    history: History,
-    step: int,
-) -> tuple[dict[str, Tensor], dict[str, Json]]:
-    """A copy of all that the training goes on from, as a checkpoint takes it."""
-    tensors = {f"module.{k}": v for k, v in module.state_dict().items()}
-    tensors |= {f"mean.{k}": v for k, v in mean.items()}
-    for number, state in optimiser.state_dict()["state"].items():
-        tensors |= {f"optimiser.{number}.{k}": torch.as_tensor(v) for k, v in state.items()}
-    copied = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    return copied, {"step": step, "history": {k: list(v) for k, v in history.items()}}
+@dataclass
+class _Run:
+    """All that a training goes on from: what learns, its optimiser, averages and best state."""
+
+    module: nn.Module
+    optimiser: torch.optim.Optimizer
+    decay: float | None
+    judging: Judging | None
+    mean: dict[str, Tensor] = field(default_factory=dict)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    history: History = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.decay:
+            self.mean = _copied(self.module.state_dict())
+
+    @torch.no_grad()
+    def average_in(self, index: int) -> None:
+        """Adds the weights behind step ``index`` to their moving average, if there is one."""
+        if not self.decay:
+            return
+        decay = min(self.decay, (1 + index) / (10 + index))
+        for name, value in self.module.state_dict().items():
+            if value.is_floating_point():
+                self.mean[name].lerp_(value, 1 - decay)
+            else:
+                self.mean[name].copy_(value)
+
+    def used(self) -> Mapping[str, Tensor]:
+        """The weights that would be used if the training ended now."""
+        return self.best or self.mean or self.module.state_dict()
+
+    @torch.no_grad()
+    def judge(self, step: int, title: str) -> None:
+        """Judges the weights behind ``step`` steps, and keeps them if none were as good."""
+        assert self.judging is not None
+        weights = self.mean or self.module.state_dict()
+        judged = copy.deepcopy(self.module).eval()
+        judged.load_state_dict(weights)
+        error = self.judging.error(judged)
+        if not math.isfinite(error):
+            raise DivergedError(
+                f"{title} diverged before step {step}: its error on validation images is {error}. "
+                "Lower the learning rate."
+            )
+        course = self.history.setdefault(JUDGED, [])
+        if all(error < other for _, other in course):
+            self.best = _copied(weights)
+        course.append([step, error])
+
+    @property
+    def given_up(self) -> bool:
+        """Whether the last judgements were worse than one before, as many as patience allows."""
+        if self.judging is None or self.judging.patience is None:
+            return False
+        errors = [error for _, error in self.history.get(JUDGED, [])]
+        return bool(errors) and len(errors) - 1 - errors.index(min(errors)) >= self.judging.patience
+
+    def state(self, step: int) -> tuple[dict[str, Tensor], dict[str, Json]]:
+        """A copy of everything, as a checkpoint takes it."""
+        tensors = {f"module.{k}": v for k, v in self.module.state_dict().items()}
+        tensors |= {f"mean.{k}": v for k, v in self.mean.items()}
+        tensors |= {f"best.{k}": v for k, v in self.best.items()}
+        for number, state in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{number}.{k}": torch.as_tensor(v) for k, v in state.items()}
+        history: Json = {k: list(v) for k, v in self.history.items()}
+        return _copied(tensors), {"step": step, "history": history}
+
+    def resume(self, checkpoint: Checkpoint) -> int:
+        """Takes over what a checkpoint holds, if anything; returns the steps done."""
+        saved = checkpoint.load()
+        if saved is None:
+            return 0
+        tensors, facts = saved
+        parts: dict[str, dict[str, Tensor]] = {
+            "module": {},
+            "mean": {},
+            "best": {},
+            "optimiser": {},
+        }
+        for name, value in tensors.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = value
+        self.module.load_state_dict(parts["module"])
+        for name, value in parts["mean"].items():
+            self.mean[name].copy_(value)
+        self.best = parts["best"]
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in parts["optimiser"].items():
+            number, _, key = name.partition(".")
+            state.setdefault(int(number), {})[key] = value
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
+        self.history.update(facts["history"])  # type: ignore[arg-type]
+        progress.note(f"going on from step {facts['step']} of an interrupted run")
+        return int(facts["step"])  # type: ignore[arg-type]
 
 
-def _resume(
-    module: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    mean: dict[str, Tensor],
-    history: History,
-    checkpoint: Checkpoint,
-) -> int:
-    saved = checkpoint.load()
-    if saved is None:
-        return 0
-    tensors, facts = saved
-    parts: dict[str, dict[str, Tensor]] = {"module": {}, "mean": {}, "optimiser": {}}
-    for name, value in tensors.items():
-        part, _, rest = name.partition(".")
-        parts[part][rest] = value
-    module.load_state_dict(parts["module"])
-    for name, value in parts["mean"].items():
-        mean[name].copy_(value)
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in parts["optimiser"].items():
-        number, _, key = name.partition(".")
-        state.setdefault(int(number), {})[key] = value
-    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
-    history.update(facts["history"])  # type: ignore[arg-type]
-    progress.note(f"going on from step {facts['step']} of an interrupted run")
-    return int(facts["step"])  # type: ignore[arg-type]
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}

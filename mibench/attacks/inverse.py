@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,26 +23,52 @@ VECTOR_SIDE = 8
 """Side of the map that a vector becomes."""
 
 
+COARSEST = 16
+"""Most positions a side of the coarse level, where every position attends to every other one."""
+HEADS = 4
+"""Heads of the attention."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """The size of everything but the entries, whatever the shares are.
+
+    Attributes:
+        width: channels of the residual blocks, and of what the entries hand on.
+        blocks: residual blocks, and as many again behind the coarse level if there is one.
+        coarse_width: channels of the coarse level; 0: there is none.
+        coarse_blocks: residual blocks of the coarse level, each with a self-attention.
+    """
+
+    width: int
+    blocks: int
+    coarse_width: int = 0
+    coarse_blocks: int = 0
+
+
+SIZES = {"small": Size(64, 3), "large": Size(128, 3, coarse_width=256, coarse_blocks=3)}
+"""0.23 M and 6.4 M parameters for images of 32 pixels; the entries come on top."""
+
+
 class InverseNetwork(nn.Module):
     """Shares → image: an entry per share, residual blocks at a reduced size, pixel shuffle.
 
     The blocks work at half of the image's size, and at a quarter and so on where half is more than
-    `LARGEST_SIZE`.
+    `LARGEST_SIZE`. An entry hands on ``width`` values per position, several times those of the
+    pixels that the position stands for.
 
     Args:
         share_shapes: shape of each share without the batch axis: maps (C, h, w), tokens (N, D), or
             anything else, which is read as one vector.
         image_shape: (3, H, W).
-        width: channels of the residual blocks.
-        blocks: number of residual blocks.
+        size: width and number of blocks, and the coarse level.
     """
 
     def __init__(
         self,
         share_shapes: list[tuple[int, ...]],
         image_shape: tuple[int, int, int],
-        width: int,
-        blocks: int,
+        size: Size,
     ) -> None:
         super().__init__()
         channels, self.height, self.width = image_shape
@@ -49,11 +76,11 @@ class InverseNetwork(nn.Module):
         # Powers of two: with them, patches of a vision transformer become whole positions.
         while math.ceil(side / self.factor) > LARGEST_SIZE:
             self.factor *= 2
-        size = math.ceil(side / self.factor)
-        self.entries = nn.ModuleList(entry(shape, width, size) for shape in share_shapes)
-        self.blocks = nn.Sequential(*(ConvBlock(width) for _ in range(blocks)))
+        places = math.ceil(side / self.factor)
+        self.entries = nn.ModuleList(entry(shape, size.width, places) for shape in share_shapes)
+        self.blocks = nn.Sequential(*body(size, places))
         outputs = self.factor**2 * channels
-        self.exit = nn.Conv2d(width, outputs, 3, padding=1, padding_mode="replicate")
+        self.exit = nn.Conv2d(size.width, outputs, 3, padding=1, padding_mode="replicate")
 
     @torch.no_grad()
     def standardise(self, batches: Iterable[Shares]) -> None:
@@ -236,6 +263,72 @@ class ConvBlock(nn.Module):
         """Keeps the shape."""
         out: Tensor = self.conv2(F.relu(self.conv1(F.relu(x))))
         return x + out
+
+
+class CoarseLevel(nn.Module):
+    """x + up(blocks(down(x))): residual blocks and self-attention at a fraction of the size.
+
+    Squares of positions are folded into channels and unfolded behind the blocks; what is too fine
+    for this level goes past it.
+
+    Args:
+        size: see `Size`.
+        places: positions a side of x; halved until at most `COARSEST` are left, once at least.
+    """
+
+    def __init__(self, size: Size, places: int) -> None:
+        super().__init__()
+        self.fold = 2
+        while math.ceil(places / self.fold) > COARSEST:
+            self.fold *= 2
+        folded = size.width * self.fold**2
+        self.down = nn.Conv2d(folded, size.coarse_width, 1)
+        self.blocks = nn.Sequential()
+        for _ in range(size.coarse_blocks):
+            self.blocks.append(ConvBlock(size.coarse_width)).append(Attention(size.coarse_width))
+        self.up = nn.Conv2d(size.coarse_width, folded, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Keeps the shape (B, width, places, places)."""
+        height, width = x.shape[2:]
+        padded = F.pad(x, (0, -width % self.fold, 0, -height % self.fold))
+        coarse = self.blocks(self.down(F.pixel_unshuffle(padded, self.fold)))
+        return x + F.pixel_shuffle(self.up(coarse), self.fold)[..., :height, :width]
+
+
+class Attention(nn.Module):
+    """Self-attention of all positions: x + out(softmax(q k^T / sqrt(d)) v), x normalised before."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(1, width)
+        # Without biases: one of the keys would cancel in the softmax and never learn.
+        self.qkv = nn.Conv2d(width, 3 * width, 1, bias=False)
+        self.out = nn.Conv2d(width, width, 1)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Keeps the shape (B, width, h, w)."""
+        heads = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3 * HEADS, -1)).transpose(2, 3)
+        attended = F.scaled_dot_product_attention(*heads.chunk(3, dim=1))
+        out: Tensor = self.out(attended.transpose(2, 3).reshape(x.shape))
+        return x + out
+
+
+def body(size: Size, places: int) -> list[nn.Module]:
+    """Returns what lies between entries and exit, see `Size`.
+
+    Args:
+        size: widths and numbers of blocks.
+        places: positions a side.
+    """
+
+    def fine() -> list[nn.Module]:
+        return [ConvBlock(size.width) for _ in range(size.blocks)]
+
+    if not size.coarse_blocks:
+        return fine()
+    return [*fine(), CoarseLevel(size, places), *fine()]
 
 
 def entry(shape: tuple[int, ...], width: int, size: int) -> ShareEntry:

@@ -1,9 +1,11 @@
-"""Ridge regression from shares to pixels: the cheapest inversion, used to find the worst share."""
+"""Ridge regression from shares to pixels: the linear attack, and the judge of coalitions."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,49 +36,113 @@ def ridge_error(
         other_images: (M, 3, H, W) in [0, 1].
         seed: of the random projection.
     """
-    x, other_x = _inputs(shares, other_shares, seed)
-    y, other_y = (shrink(one).flatten(1) for one in (images, other_images))
-    mean_y = y.mean(0)
-    gram, cross = x.T @ x, x.T @ (y - mean_y)
-    scale = gram.diagonal().mean().clamp_min(1e-12)
-    identity = torch.eye(len(gram), device=gram.device)
-    errors = []
-    for penalty in PENALTIES:
-        weights = torch.linalg.solve(gram + penalty * scale * identity, cross)
-        guess = (other_x @ weights + mean_y).clamp(0, 1)
-        errors.append((guess - other_y).square().mean().item())
-    return float(min(errors))
+    reader, equations = Reader.of([shares], seed), Equations()
+    equations.add(reader(shares), shrink(images).flatten(1))
+    seen, wanted = reader(other_shares), shrink(other_images).flatten(1)
+    return min(equations.solve(penalty).error(seen, wanted) for penalty in PENALTIES)
 
 
-def shrink(images: Tensor) -> Tensor:
-    """Averages images (N, 3, H, W) down to `SIDE` pixels a side; smaller ones stay as they are."""
+def shrink(images: Tensor, side: int = SIDE) -> Tensor:
+    """Averages images (N, 3, H, W) down to ``side`` pixels; smaller ones stay as they are."""
     height, width = images.shape[2:]
-    if max(height, width) <= SIDE:
+    if max(height, width) <= side:
         return images
-    return F.adaptive_avg_pool2d(images, (min(height, SIDE), min(width, SIDE)))
+    return F.adaptive_avg_pool2d(images, (min(height, side), min(width, side)))
 
 
-def _inputs(shares: Shares, other_shares: Shares, seed: int) -> tuple[Tensor, Tensor]:
-    """Standardised values of both sets; long messages are projected block by block."""
-    blocks = zip(_blocks(shares), _blocks(other_shares), strict=True)
-    pairs = (_standardised(one, other) for one, other in blocks)
-    length = sum(share[0].numel() for share in shares)
-    if length <= MAX_INPUTS:
-        return next(pairs)
-    draws = seeding.generator(seed, "ridge projection")
-    x = other_x = shares[0].new_zeros(())
-    for one, other in pairs:
-        projection = torch.randn(one.shape[1], MAX_INPUTS, generator=draws) / math.sqrt(length)
-        projection = projection.to(one.device)
-        x, other_x = x + one @ projection, other_x + other @ projection
-    return x, other_x
+@dataclass(frozen=True)
+class Reader:
+    """Shares → inputs (N, n) of the regression: standardised, and projected where they are long.
+
+    Attributes:
+        mean: of each value of all shares, one after the other, (d,).
+        std: its deviation, infinite for values that are constant: they tell nothing.
+        seed: of the random projection.
+    """
+
+    mean: Tensor
+    std: Tensor
+    seed: int
+
+    @classmethod
+    def of(cls, batches: Iterable[Shares], seed: int) -> Reader:
+        """Measures mean and deviation over batches of shares."""
+        count, mean, squares = 0, torch.zeros(()), torch.zeros(())
+        for shares in batches:
+            size, before = len(shares[0]), count
+            own = torch.cat([block.mean(0) for block in _blocks(shares)])
+            spread = torch.cat([block.var(0, correction=0) for block in _blocks(shares)])
+            count += size
+            away = own - mean.to(own.device)
+            squares = squares.to(own.device) + size * spread
+            squares = squares + away.square() * (before * size / count)
+            mean = mean.to(own.device) + away * (size / count)
+        std = (squares / max(count - 1, 1)).sqrt()
+        return cls(mean, torch.where(std > 1e-6, std, torch.inf), seed)
+
+    def __call__(self, shares: Shares) -> Tensor:
+        """Returns the inputs of these shares."""
+        length = len(self.mean)
+        if length <= MAX_INPUTS:
+            (block,) = _blocks(shares)
+            return (block - self.mean) / self.std
+        draws = seeding.generator(self.seed, "ridge projection")
+        inputs, at = shares[0].new_zeros(()), 0
+        for block in _blocks(shares):
+            size = block.shape[1]
+            # What a share tells does not depend on its scale, so neither may the penalty.
+            one = (block - self.mean[at : at + size]) / self.std[at : at + size]
+            projection = torch.randn(size, MAX_INPUTS, generator=draws) / math.sqrt(length)
+            inputs, at = inputs + one @ projection.to(one.device), at + size
+        return inputs
 
 
-def _standardised(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    # What a share tells does not depend on its scale, so neither may the penalty.
-    mean, std = one.mean(0), one.std(0)
-    std = torch.where(std > 1e-6, std, torch.inf)
-    return (one - mean) / std, (other - mean) / std
+class Solution(NamedTuple):
+    """A linear map with clipped answers.
+
+    Attributes:
+        weights: (n, outputs).
+        centre: inputs (n,) for which the answer is the offset.
+        offset: (outputs,).
+    """
+
+    weights: Tensor
+    centre: Tensor
+    offset: Tensor
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Inputs (N, n) → answers (N, outputs) in [0, 1]."""
+        return torch.addmm(self.offset, inputs - self.centre, self.weights).clamp(0, 1)
+
+    def error(self, inputs: Tensor, wanted: Tensor) -> float:
+        """Returns the mean squared error."""
+        return (self(inputs) - wanted).square().mean().item()
+
+
+class Equations:
+    """The normal equations of a ridge regression with an intercept, added up batch by batch."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._sums: tuple[Tensor, ...] = ()
+
+    def add(self, inputs: Tensor, outputs: Tensor) -> None:
+        """Adds pairs of inputs (N, n) and outputs (N, m) in [0, 1]."""
+        y = outputs - 0.5  # nearly centred: less is lost to rounding
+        sums = (inputs.T @ inputs, inputs.T @ y, inputs.sum(0), y.sum(0))
+        before = self._sums or tuple(map(torch.zeros_like, sums))
+        self._sums = tuple(a + b for a, b in zip(before, sums, strict=True))
+        self._count += len(inputs)
+
+    def solve(self, penalty: float) -> Solution:
+        """Returns the solution for a penalty relative to the mean squared norm of an input."""
+        gram, cross, x, y = self._sums
+        gram = gram - torch.outer(x, x / self._count)
+        cross = cross - torch.outer(x, y / self._count)
+        scale = gram.diagonal().mean().clamp_min(1e-12)
+        gram.diagonal().add_(penalty * scale)
+        weights = torch.linalg.solve(gram, cross)
+        return Solution(weights, x / self._count, y / self._count + 0.5)
 
 
 def _blocks(shares: Shares) -> Iterator[Tensor]:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from mibench.errors import DivergedError
 from mibench.files import canonical_json
 from mibench.protocol import Recipe
-from mibench.training import augment, optimise, shuffled_batch
+from mibench.training import JUDGED, Judging, augment, optimise, shuffled_batch
 
 STEPS = 12
 
@@ -57,7 +57,7 @@ def recipe(**changes):
     return Recipe(**values)
 
 
-def train(net, checkpoint, how, *, kill_at=None, seed=4):
+def train(net, checkpoint, how, *, kill_at=None, seed=4, judging=None):
     def losses(step):
         if step.index == kill_at:
             raise Killed
@@ -65,7 +65,9 @@ def train(net, checkpoint, how, *, kill_at=None, seed=4):
         y = x[:, :3] * 2
         return {"fit": F.mse_loss(net(x), y), "size": 1e-3 * net[4].weight.square().sum()}
 
-    return optimise(net, losses, how, seed=seed, checkpoint=checkpoint, title="toy")
+    return optimise(
+        net, losses, how, seed=seed, checkpoint=checkpoint, title="toy", judging=judging
+    )
 
 
 def assert_same_state(one, other):
@@ -191,6 +193,88 @@ def test_the_rate_rises_to_its_peak_and_falls_to_zero():
     assert rates[: peak + 1] == sorted(rates[: peak + 1])
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
     assert rates[-1] < 0.002
+
+
+def told(errors, seen=None):
+    """A judge that finds these errors, one after the other, and keeps the judged states."""
+    found = iter(errors)
+
+    def error(module):
+        assert not module.training
+        assert not torch.is_grad_enabled()
+        torch.rand(3)  # must not disturb the training
+        if seen is not None:
+            seen.append({name: value.clone() for name, value in module.state_dict().items()})
+        return next(found)
+
+    return error
+
+
+@pytest.mark.parametrize("average", [None, 0.8])
+def test_the_best_of_the_judged_states_is_kept(average):
+    how, seen, net = recipe(average=average), [], network()
+    course = train(net, MemoryCheckpoint(), how, judging=Judging(told([3, 1, 1, 2.0], seen), 3))
+    assert course[JUDGED] == [[3, 3], [6, 1], [9, 1], [12, 2]]
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, seen[1][name])
+    assert not net.training
+    # What is judged is what would be used: the training itself is as without a judge.
+    plain = network()
+    assert course["fit"] == train(plain, MemoryCheckpoint(), how)["fit"]
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, seen[3][name])
+
+
+def test_the_last_step_is_judged_too():
+    course = train(network(), MemoryCheckpoint(), recipe(), judging=Judging(told([3, 2, 1]), 5))
+    assert [step for step, _ in course[JUDGED]] == [5, 10, 12]
+
+
+@pytest.mark.parametrize(
+    ("errors", "patience", "last"),
+    [
+        ([5, 4, 4, 4, 1], 2, 8),
+        ([5, 4, 4.5, 3, 3, 3], 2, 12),
+        ([1, 2], 1, 4),
+        ([6, 5, 4, 3, 2, 1], 1, 12),
+        ([1, 2, 3, 4, 5, 6], None, 12),
+    ],
+)
+def test_patience_ends_the_training(errors, patience, last):
+    net, checkpoint = network(), MemoryCheckpoint(every=99)
+    course = train(net, checkpoint, recipe(), judging=Judging(told(errors), 2, patience))
+    assert course[JUDGED][-1][0] == last
+    assert checkpoint.saved[-1][1]["step"] == last
+    # Ended for good: who goes on from here does not train or judge again.
+    again = network(seed=99)
+    judging = Judging(told([]), 2, patience)
+    assert train(again, checkpoint, recipe(), kill_at=last, judging=judging) == course
+    assert_same_state(again, net)
+
+
+@pytest.mark.parametrize("average", [None, 0.9])
+@pytest.mark.parametrize(("every", "kill_at"), [(1, 7), (3, 8), (5, 11)])
+def test_a_killed_run_remembers_its_best_state(average, every, kill_at):
+    how, errors = recipe(average=average), {2: 5.0, 4: 1.0, 6: 3.0, 8: 4.0, 10: 2.0, 12: 6.0}
+    undisturbed = network()
+    facts = train(undisturbed, MemoryCheckpoint(99), how, judging=Judging(told(errors.values()), 2))
+    checkpoint = MemoryCheckpoint(every)
+    judging = Judging(told(errors.values()), 2)
+    with pytest.raises(Killed):
+        train(network(), checkpoint, how, kill_at=kill_at, judging=judging)
+    reached = checkpoint.saved[-1][1]["step"]
+    resumed = network(seed=99)
+    resumed[0].bias.data.copy_(undisturbed[0].bias)
+    left = [error for step, error in errors.items() if step > reached]
+    again = train(resumed, checkpoint, how, judging=Judging(told(left), 2))
+    assert again == facts
+    assert_same_state(resumed, undisturbed)
+
+
+def test_a_judgement_that_is_not_a_number_ends_in_one_line():
+    judging = Judging(told([1.0, float("nan")]), 4)
+    with pytest.raises(DivergedError, match=r"toy diverged before step 8: .* is nan\. Lower"):
+        train(network(), MemoryCheckpoint(), recipe(), judging=judging)
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 5), st.integers(0, 3))
