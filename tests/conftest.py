@@ -22,3 +22,13 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def narrow_decoder():
+    """The small decoder with fewer channels, for tests that train many of them."""
+    from mibench.attacks.inverse import SIZES, Size
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "small", Size(16, 1))
+        yield

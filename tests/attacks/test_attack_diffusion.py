@@ -373,7 +373,7 @@ def test_the_whole_attack_runs_and_repeats(workshop, make_target, pictures, guid
         sampler=SamplerParams(steps=6, strength=0.5, guidance=guidance, inner=3),
         tuning_images=2,
         prior=PriorParams(**TINY),
-        decoder={"steps": 5, "width": 8, "blocks": 1, "batch": 8},
+        decoder={"steps": 5, "batch": 8},
     )
     attack = Diffusion(params, workshop)
     target = make_target(client)
@@ -430,7 +430,7 @@ def test_large_batches_are_sampled_in_groups(workshop, make_target, pictures, mo
         sampler=SamplerParams(steps=4, strength=0.5, inner=2),
         tuning_images=3,
         prior=PriorParams(**TINY | {"batch": 2}),
-        decoder={"steps": 2, "width": 8, "blocks": 1, "batch": 2},
+        decoder={"steps": 2, "batch": 2},
     )
     attack = Diffusion(params, workshop)
     attack.prepare(make_target(client), pictures(8), pictures(9, seed=1))

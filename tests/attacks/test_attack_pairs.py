@@ -9,11 +9,13 @@ from mibench.attacks.ridge import ridge_error
 from mibench.registry import attacks, defenses
 from mibench.threat import Adversary, Knowledge, Target
 
+pytestmark = pytest.mark.usefixtures("narrow_decoder")
+
 BUILTIN = {
     which: [entry.name for entry in registry.entries() if entry.origin == "mibench"]
     for which, registry in (("defense", defenses), ("attack", attacks))
 }
-QUICK_DECODER = {"steps": 40, "batch": 16, "width": 16, "blocks": 1, "lr": 5e-3}
+QUICK_DECODER = {"steps": 40, "batch": 16, "lr": 5e-3}
 QUICK = {
     "decoder": QUICK_DECODER,
     "gradient": {"steps": 40, "restarts": 2, "tuning_images": 4},

@@ -16,7 +16,9 @@ from mibench.protocol import Protocol
 from mibench.record import read_record
 from mibench.registry import attacks
 
-DECODER = {"steps": 80, "batch": 16, "width": 16, "blocks": 1, "lr": 5e-3}
+pytestmark = pytest.mark.usefixtures("narrow_decoder")
+
+DECODER = {"steps": 80, "batch": 16, "lr": 5e-3}
 
 
 def protocol(**changes):
@@ -391,7 +393,7 @@ def test_the_users_parameters_lie_on_the_protocols():
     opened = open_record(job(attack_params={"steps": 3}), "cpu")
     assert opened.status == "started"
     assert opened.attack.params["steps"] == 3
-    assert opened.attack.params["width"] == DECODER["width"]
+    assert opened.attack.params["batch"] == DECODER["batch"]
     assert opened.deviations == ["attack.steps set by hand"]
     assert not opened.protocol.ranked
     nested = job(attack="diffusion", attack_params={"prior": {"steps": 3}},

@@ -514,10 +514,10 @@ def test_a_field_that_was_removed_is_a_change():
 def test_a_default_of_an_attack_is_part_of_what_was_released():
     protocol = load_protocol(RANKED)
     kept = copy.deepcopy(add.golden(protocol))
-    assert "width" not in protocol.attacks["decoder"]
-    kept["components"]["attack decoder"]["params"]["width"] = 17
+    assert "lr" not in protocol.attacks["decoder"]
+    kept["components"]["attack decoder"]["params"]["lr"] = 17
     (found,) = add.changes(kept, protocol)
-    assert "attack decoder: width was 17" in found
+    assert "attack decoder: lr was 17" in found
 
 
 def test_a_new_version_of_a_method_is_a_change():

@@ -35,7 +35,7 @@ data:
   attacked: 4
 backbone: {name: small-resnet, params: {stem: 8, width: 8}, split_point: stem}
 recipe: {steps: 5, batch: 16}
-attacks: {decoder: {steps: 5, batch: 16, width: 8}}
+attacks: {decoder: {steps: 5, batch: 16}}
 metrics: {mse: 1, psnr: 1, ssim: 1}
 """
 

@@ -33,7 +33,7 @@ def short(protocol, recipe, folder):
     values["data"]["attacked"] = 16
     for role in ("train", "auxiliary", "validation", "private"):
         values["data"][role]["identity"] = None
-    values["attacks"] = {"decoder": {"steps": 100, "batch": 32, "width": 48, "blocks": 1}}
+    values["attacks"] = {"decoder": {"steps": 100, "batch": 32}}
     values["metrics"] = {"psnr": 1, "ssim": 1}
     path = folder / "short.yaml"
     path.write_text(yaml.safe_dump(values))
