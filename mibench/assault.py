@@ -18,19 +18,21 @@ from mibench.data.roles import Roles
 from mibench.data.sets import ImageSet
 from mibench.defenses.base import Shares
 from mibench.deployment import Deployed, hash_tensors
-from mibench.errors import PluginError, blaming
+from mibench.errors import DataError, PluginError, blaming
 from mibench.files import Json
 from mibench.job import Job
 from mibench.params import build
 from mibench.record import AdversaryFacts
 from mibench.registry import attacks
-from mibench.threat import Adversary, Target
+from mibench.threat import Adversary, Target, mended
 from mibench.utility import values_sent
 
 SCREENING_IMAGES = 4096
 """Auxiliary images on which coalitions are screened, at most."""
 SCREENING_VALUES = 2**28
 """Values of all shares that the screening holds of each set, at most."""
+LEAST_IMAGES = {"auxiliary": 16, "validation": 2}
+"""Fewest images of the attacker's roles: with fewer there is nothing to learn or choose from."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,13 @@ class Assault:
 def attack(
     job: Job, deployed: Deployed, roles: Roles, store: ArtifactStore, device: str
 ) -> Assault:
-    """Prepares the attack against the worst coalition and sends the private images past it."""
+    """Prepares the attack against the worst coalition and sends the private images past it.
+
+    Raises:
+        DataError: the attacker has too few images.
+    """
     protocol = job.protocol
+    _check_images(job, roles)
     adversary, screening = _worst_adversary(job, deployed, roles)
     target = Target(deployed.defense, adversary, deployed.identity)
     method = attacks.load(job.attack)
@@ -158,8 +165,9 @@ def _worst_adversary(
     rule, defense = job.protocol.adversary, deployed.defense
     together = min(rule.coalition, defense.servers)
     coalitions = list(itertools.combinations(range(defense.servers), together))
+    labelled = rule.auxiliary != "other"
     if len(coalitions) == 1:
-        return Adversary(rule.knowledge, coalitions[0], rule.transmissions), {}
+        return Adversary(rule.knowledge, coalitions[0], rule.transmissions, labelled), {}
     size = min(SCREENING_IMAGES, max(1, SCREENING_VALUES // values_sent(defense, roles.validation)))
     learn, judge = roles.auxiliary.take(size), roles.validation.take(size)
     seen, other_seen = (torch.cat([shrink(c) for c in one.chunks()]) for one in (learn, judge))
@@ -175,13 +183,34 @@ def _worst_adversary(
             task.advance()
     worst = min(errors, key=errors.__getitem__)
     named = {"+".join(map(str, coalition)): error for coalition, error in errors.items()}
-    return Adversary(rule.knowledge, worst, rule.transmissions), named
+    return Adversary(rule.knowledge, worst, rule.transmissions, labelled), named
+
+
+def _check_images(job: Job, roles: Roles) -> None:
+    """Refuses an attacker with too few images, before anything is trained on them."""
+    for role, least in LEAST_IMAGES.items():
+        count = len(getattr(roles, role))
+        if count < least:
+            raise DataError(
+                f"the role {role!r} has {count} images, and attack {job.attack} needs at least "
+                f"{least} there; raise data.{role} in protocol {job.protocol.id}, or give a larger "
+                "dataset"
+            )
 
 
 def _send(deployed: Deployed, images: ImageSet, batch: int, seed: int, turn: int) -> Shares:
     """One transmission of images; each has a stream of its own, the first one that of ``seed``."""
     draws = seeding.derive(seed, turn) if turn else seed
-    return deployed.defense.transmit(images, batch, draws)
+    sent = deployed.defense.transmit(images, batch, draws)
+    for server, share in enumerate(sent):
+        broken = int((~share.flatten(1).isfinite()).any(1).sum())
+        if broken:
+            progress.note(
+                f"defense {deployed.defense.name}: the share of server {server} holds values that "
+                f"are infinite or not a number for {broken} of {len(images)} images; each is read "
+                "as the mean of the others in its place"
+            )
+    return mended(sent)
 
 
 def _averaged(job: Job, deployed: Deployed, images: ImageSet, seed: int) -> Shares:

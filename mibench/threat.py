@@ -13,14 +13,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mibench.defenses.base import Defense, Shares
+    from mibench.task import Task
 
 
 class Knowledge(StrEnum):
     """What the adversary knows of the client, weakest first.
 
-    ``data_only``: observed shares and auxiliary images. ``black_box``: it can also send images
-    through the client and see the shares. ``white_box``: it also has the client's weights and the
-    defense's law, so that it can differentiate through the client.
+    ``data_only``: observed shares, auxiliary images, and the corrupted servers themselves, with
+    the task that they were trained for. ``black_box``: it can also send images through the client
+    and see the shares. ``white_box``: it also has the client's weights and the defense's law, so
+    that it can differentiate through the client.
     """
 
     DATA_ONLY = "data_only"
@@ -41,11 +43,13 @@ class Adversary:
         knowledge: what it knows of the client.
         corrupted: indices of the servers that it reads, ascending.
         transmissions: how often it sees each private image sent.
+        labelled: whether its own images carry labels of the servers' task.
     """
 
     knowledge: Knowledge
     corrupted: tuple[int, ...]
     transmissions: int = 1
+    labelled: bool = True
 
     def reads(self, shares: Shares) -> Shares:
         """Returns, of all servers' shares, those of the corrupted servers."""
@@ -83,6 +87,40 @@ class Target:
             self.identity += f"x{adversary.transmissions}"
         self.queries = 0
 
+    @property
+    def task(self) -> Task:
+        """What the servers were trained to tell; they know it, whatever else they know."""
+        return self.__defense.task
+
+    def share_shapes(self, example: Tensor) -> list[tuple[int, ...]]:
+        """Returns the shapes, without the batch axis, of the shares of images like ``example``.
+
+        A server sees them with the first message that it receives, so this is no query.
+
+        Args:
+            example: (B, 3, H, W); only its shape, type and device count.
+        """
+        import torch
+
+        from mibench import seeding
+
+        nothing = torch.zeros_like(example[:1])
+        with torch.no_grad(), seeding.stream(0, "shapes"):
+            shares = self.adversary.observes(lambda _: self.__defense.protect(nothing))
+        return [tuple(share.shape[1:]) for share in shares]
+
+    def replies(self, shares: Shares) -> tuple[Tensor, ...]:
+        """Returns what each corrupted server replies to its own share, differentiably.
+
+        The servers belong to the adversary, so this takes no further knowledge and is no query. The
+        client's fusion of the replies is out of reach.
+        """
+        corrupted = self.adversary.corrupted
+        return tuple(
+            self.__defense.serve(corrupted[at % len(corrupted)], share)
+            for at, share in enumerate(shares)
+        )
+
     def query(self, images: Tensor) -> Shares:
         """Sends images (B, 3, H, W) in [0, 1] through the client, fresh randomness each time.
 
@@ -97,7 +135,7 @@ class Target:
         self._need(Knowledge.BLACK_BOX, "queries to the client")
         self.queries += len(images) * self.adversary.transmissions
         with torch.no_grad():
-            return self.adversary.observes(lambda _: self.__defense.protect(images))
+            return mended(self.adversary.observes(lambda _: self.__defense.protect(images)))
 
     def client(self, images: Tensor) -> Shares:
         """Returns what the client would send without its randomness, differentiably.
@@ -132,3 +170,19 @@ class Target:
                 f"the adversary is {self.adversary.knowledge}, so it has no {what} "
                 f"(that takes {knowledge}); choose another attack or another protocol."
             )
+
+
+def mended(shares: Shares) -> Shares:
+    """Reads values that are infinite or not a number as the mean of the finite ones in their place.
+
+    That is what they tell: nothing. A message that a defense breaks now and then is thus attacked
+    and scored like any other. The mean goes over the batch; where no value is finite it is 0.
+    """
+    return tuple(share if share.isfinite().all() else _filled(share) for share in shares)
+
+
+def _filled(share: Tensor) -> Tensor:
+    known = share.isfinite()
+    finite = share.where(known, 0)
+    mean = finite.sum(0, keepdim=True) / known.sum(0, keepdim=True).clamp_min(1)
+    return finite.where(known, mean)

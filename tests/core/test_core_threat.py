@@ -1,14 +1,18 @@
 """The threat model: a target grants what its adversary was granted, and nothing else."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from mibench.defenses.base import Defense
 from mibench.errors import ThreatModelError
-from mibench.threat import Adversary, Knowledge, Target
+from mibench.task import Classification
+from mibench.threat import Adversary, Knowledge, Target, mended
 
 ORDER = [Knowledge.DATA_ONLY, Knowledge.BLACK_BOX, Knowledge.WHITE_BOX]
 
@@ -19,10 +23,17 @@ class ThreeServers(Defense):
     def __init__(self):
         nn.Module.__init__(self)
         self.scale = nn.Parameter(torch.ones(()))
+        self.task = Classification(("a", "b", "c"))
 
     @property
     def servers(self):
         return 3
+
+    def serve(self, index, share):
+        return (index + 1) * self.scale * share.square()
+
+    def fuse(self, replies):
+        raise AssertionError("the fusion is the client's")
 
     def predict(self, images):
         return tuple(self.scale * (k + 1) * images.mean((2, 3)) for k in range(3))
@@ -114,15 +125,28 @@ def test_the_likelihood_is_over_what_was_read():
 def test_no_public_name_leads_to_the_defense(knowledge):
     seen = target(knowledge)
     public = {name for name in dir(seen) if not name.startswith("_")}
-    assert public == {"adversary", "client", "identity", "log_likelihood", "queries", "query"}
+    assert public == {
+        "adversary",
+        "client",
+        "identity",
+        "log_likelihood",
+        "queries",
+        "query",
+        "replies",
+        "share_shapes",
+        "task",
+    }
     for name in public:
         value = getattr(seen, name)
         assert not isinstance(value, nn.Module | torch.Tensor)
         assert isinstance(getattr(value, "__self__", seen), Target)
+    # The task is names and a smoothing.
+    assert {type(value) for value in vars(seen.task).values()} == {tuple, float}
     assert {field.name for field in dataclasses.fields(seen.adversary)} == {
         "knowledge",
         "corrupted",
         "transmissions",
+        "labelled",
     }
 
 
@@ -155,3 +179,57 @@ def test_the_likelihoods_of_transmissions_add_up():
     parts = [once.log_likelihood(sent[at : at + 2], predicted) for at in (0, 2, 4)]
     whole = thrice.log_likelihood(sent, thrice.client(pictures))
     torch.testing.assert_close(whole, torch.stack(parts).sum(0))
+
+
+@pytest.mark.parametrize("knowledge", ORDER)
+@pytest.mark.parametrize(("corrupted", "transmissions"), [((1,), 1), ((0, 2), 1), ((0, 2), 3)])
+def test_corrupted_servers_reply_to_whoever_holds_them(knowledge, corrupted, transmissions):
+    seen = target(knowledge, corrupted, transmissions)
+    assert seen.task.outputs == 3
+    shapes = seen.share_shapes(images())
+    assert shapes == [(3,)] * len(corrupted) * transmissions
+    shares = tuple(torch.rand(2, *shape, requires_grad=True) for shape in shapes)
+    replies = seen.replies(shares)
+    assert len(replies) == len(shares)
+    for at, (share, reply) in enumerate(zip(shares, replies, strict=True)):
+        weight = corrupted[at % len(corrupted)] + 1
+        torch.testing.assert_close(reply, weight * share.square())
+        (gradient,) = torch.autograd.grad(reply.sum(), share, retain_graph=True)
+        torch.testing.assert_close(gradient, 2 * weight * share)
+    assert seen.queries == 0
+
+
+def test_shapes_tell_nothing_of_an_image_and_shift_no_draws():
+    class Curious(ThreeServers):
+        def protect(self, images):
+            assert not images.any()
+            return super().protect(images)
+
+    seen = Target(Curious(), Adversary(Knowledge.DATA_ONLY, (0,)), "abc")
+    torch.manual_seed(0)
+    undisturbed = torch.rand(3)
+    torch.manual_seed(0)
+    seen.share_shapes(torch.ones(2, 3, 8, 8))
+    assert torch.equal(torch.rand(3), undisturbed)
+
+
+@given(
+    st.lists(
+        st.lists(st.sampled_from([0.0, 1.0, -3.0, 2.5, math.nan, math.inf, -math.inf]), min_size=3,
+                 max_size=3),
+        min_size=1, max_size=5,
+    )
+)  # fmt: skip
+def test_what_is_not_finite_is_read_as_the_mean_of_the_rest(rows):
+    (mended_share,) = mended((torch.tensor(rows),))
+    for place in range(3):
+        column = [row[place] for row in rows]
+        known = [value for value in column if math.isfinite(value)]
+        mean = sum(known) / len(known) if known else 0.0
+        wanted = [value if math.isfinite(value) else mean for value in column]
+        torch.testing.assert_close(mended_share[:, place], torch.tensor(wanted))
+
+
+def test_finite_shares_are_passed_on_as_they_are():
+    share = torch.rand(2, 3)
+    assert mended((share,))[0] is share
