@@ -440,7 +440,7 @@ def test_guidance_from_noise_recovers_what_is_seen_as_it_is(guidance):
         weights = torch.full((2,), scale)
         images = run(
             prior, misfit, weights, torch.zeros_like(truth),
-            values=values, guidance=guidance, steps=100,
+            values=values, guidance=guidance, steps=100, inner=10,
         )  # fmt: skip
         found.append((images - truth).square().mean().item())
     assert 10 * math.log10(1 / min(found)) > 25
