@@ -377,6 +377,14 @@ def prepared(workshop, make_target, pictures, function=client, **values):
     return attack
 
 
+@pytest.mark.parametrize("values", [{}, {"preset": "dps"}], ids=str)
+def test_lists_of_a_protocol_are_read(values):
+    given = {"scales": [1, 0.5], "prior": {"channels": [16, 32]}, "gradient": {"weights": [2]}}
+    params = build(Diffusion.Params, given | values, "attack")
+    assert (params.scales, params.prior.channels) == ((1.0, 0.5), (16, 32))
+    assert params.gradient.weights == (2.0,)
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_runs(workshop, make_target, pictures, preset, monkeypatch):
     monkeypatch.setattr(budget, "VALUES", 2 * 3 * 16 * 16)

@@ -72,13 +72,9 @@ def test_a_prior_that_does_not_fit_is_refused(tmp_path, unet, schedule, said):
 
 
 def test_a_network_of_another_kind_is_refused(tmp_path):
-    net = diffusers.UNet1DModel(
-        sample_size=16, in_channels=3, out_channels=3, extra_in_channels=0, norm_num_groups=1,
-        down_block_types=("DownBlock1D",), up_block_types=("UpBlock1D",), block_out_channels=(8,),
-        mid_block_type=None, layers_per_block=1,
-    )  # fmt: skip
+    net = diffusers.VQModel(block_out_channels=(8,), norm_num_groups=4)
     net.save_pretrained(tmp_path)
-    with pytest.raises(InvalidParamsError, match="is a UNet1DModel"):
+    with pytest.raises(InvalidParamsError, match="is a VQModel"):
         load(str(tmp_path), SHAPE)
 
 
@@ -293,7 +289,7 @@ def test_guidance_through_the_vae_lessens_the_residual(workshop, make_target, pi
         return (nn.functional.avg_pool2d(images, 8),)
 
     params = Diffusion.Params(
-        start="noise", sampler=SamplerParams(steps=10, inner=40), scales=(0.01,),
+        start="noise", sampler=SamplerParams(steps=5, inner=20), scales=(0.01,),
         prior=PriorParams(pretrained=str(tmp_path)),
     )  # fmt: skip
     attack = Diffusion(params, workshop)

@@ -106,14 +106,15 @@ class Diffusion(Attack):
         @classmethod
         def _filled(cls, given: Any) -> Any:
             """Puts the preset's values where nothing was given."""
+            # What comes from JSON is read strictly as Python from here on: lists would be refused.
+            given = _tuples(given)
             name = given.get("preset") if isinstance(given, dict) else None
             if not isinstance(name, str) or name not in PRESETS:
                 return given
             filled = {**PRESETS[name], **given}
             if isinstance(filled["sampler"], dict):
                 filled["sampler"] = {**PRESETS[name]["sampler"], **filled["sampler"]}
-            # What comes from JSON is read strictly as Python from here on: lists would be refused.
-            return _tuples(filled)
+            return filled
 
     params: Params
 
