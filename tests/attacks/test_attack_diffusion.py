@@ -1,7 +1,6 @@
 """The diffusion attack: sampler, guidance and prior against their definitions."""
 
 import math
-import time
 from types import SimpleNamespace
 
 import diffusers
@@ -11,17 +10,19 @@ from torch import nn
 
 from mibench.attacks import budget
 from mibench.attacks.diffusion import prior as prior_module
-from mibench.attacks.diffusion.attack import SCALES, Diffusion
-from mibench.attacks.diffusion.prior import Prior, PriorParams, get_prior
+from mibench.attacks.diffusion.attack import SCALES, Diffusion, DiffusionMean
+from mibench.attacks.diffusion.denoiser import Prior, straight_through_clamp
+from mibench.attacks.diffusion.misfit import Misfit
+from mibench.attacks.diffusion.prior import PriorParams, get_prior
 from mibench.attacks.diffusion.sampler import (
     BETAS,
+    THROUGH_DENOISER,
     Direction,
     SamplerParams,
     dsg_step,
     sample,
-    straight_through_clamp,
 )
-from mibench.errors import InvalidParamsError, MibenchError, UnavailableError
+from mibench.errors import InvalidParamsError
 
 TINY = {"steps": 5, "batch": 8, "channels": (16, 16), "timesteps": 40, "patch": 2}
 GUIDANCE = tuple(SCALES)
@@ -79,7 +80,7 @@ def test_the_clamp_cuts_values_and_no_gradient():
 
 def test_the_momentum_direction_is_that_of_adam():
     torch.manual_seed(0)
-    direction, place = Direction(momentum=True), torch.zeros(2, 3, 4, 4, requires_grad=True)
+    direction, place = Direction(BETAS), torch.zeros(2, 3, 4, 4, requires_grad=True)
     adam = torch.optim.Adam([place], lr=1.0, betas=BETAS, eps=1e-8)
     for size in (1.0, 0.1, 5.0, 1e-3, 1.0):
         gradient = size * torch.randn_like(place)
@@ -93,7 +94,7 @@ def test_the_momentum_direction_is_that_of_adam():
 
 
 def test_without_momentum_the_direction_is_the_gradient():
-    direction = Direction(momentum=False)
+    direction = Direction(None)
     for gradient in torch.randn(3, 2, 3, 4, 4):
         assert torch.equal(direction(gradient), gradient)
 
@@ -116,19 +117,29 @@ class KnownPrior(Prior):
         return (noisy - a.sqrt() * clean) / (1 - a).sqrt()
 
 
+class Known(Misfit):
+    """A given negative log-likelihood of images."""
+
+    def __init__(self, values, function):
+        super().__init__(values)
+        self.function = function
+
+    def nats(self, images):
+        return self.function(images)
+
+
 def run(prior, misfit, scale, start, *, seed=0, from_noise=True, values=None, **params):
     how = SamplerParams(**({"steps": 20, "strength": 0.5} | params))
     torch.manual_seed(seed)
-    values = values or start[0].numel()
-    return sample(prior, misfit, values, scale, how, start, from_noise=from_noise)
+    guide = None if misfit is None else Known(values or start[0].numel(), misfit)
+    return sample(prior, guide, scale, how, start, from_noise=from_noise)
 
 
 @pytest.mark.parametrize("deviation", [0.2, 3.0], ids=["inside", "clipped"])
-def test_without_guidance_and_noise_it_is_ddim(deviation, monkeypatch):
-    monkeypatch.setattr("mibench.attacks.diffusion.sampler.LEAST_SIGNAL", 0.0)
+def test_without_guidance_and_noise_it_is_ddim(deviation):
     steps = 30
     prior, start = KnownPrior(deviation=deviation, timesteps=steps), torch.zeros(2, 3, 8, 8)
-    mine = run(prior, None, torch.zeros(2), start, steps=steps, eta=0.0)
+    mine = run(prior, None, torch.zeros(2), start, steps=steps, eta=0.0, least_signal=0.0)
 
     reference = diffusers.DDIMScheduler(
         steps, beta_schedule="squaredcos_cap_v2", clip_sample=deviation > 1
@@ -169,6 +180,10 @@ def observed(truth, noise=0.05):
 )
 def test_guided_images_fit_what_was_observed(guidance, extras):
     torch.manual_seed(1)
+    if "momentum" in extras and guidance not in THROUGH_DENOISER:
+        with pytest.raises(ValueError, match="momentum"):
+            SamplerParams(guidance=guidance, **extras)
+        return
     prior, truth = KnownPrior(), (0.55 + 0.15 * torch.randn(2, 3, 8, 8)).clamp(0, 1)
     misfit, start = observed(truth), torch.full_like(truth, 0.5)
     values = truth[0].numel() // 2
@@ -199,10 +214,14 @@ def test_the_seed_decides_everything(guidance):
     assert not torch.equal(one(3), one(4))
 
 
-@pytest.mark.parametrize("guidance", GUIDANCE)
-@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize(
+    ("guidance", "extras"),
+    [(guidance, {}) for guidance in GUIDANCE]
+    + [(g, {"momentum": True, "clip": 0.02, "tv": 0.1, "l2": 0.1}) for g in THROUGH_DENOISER],
+    ids=str,
+)
 @pytest.mark.parametrize("from_noise", [False, True])
-def test_images_of_a_batch_do_not_meet(guidance, momentum, from_noise):
+def test_images_of_a_batch_do_not_meet(guidance, extras, from_noise):
     torch.manual_seed(1)
     prior, truth = KnownPrior(), torch.rand(4, 3, 8, 8)
     scale, start = torch.full((4,), SCALES[guidance][0]), torch.rand(4, 3, 8, 8)
@@ -210,7 +229,7 @@ def test_images_of_a_batch_do_not_meet(guidance, momentum, from_noise):
     for last in (0.2, 0.9):
         truth, start, scale = truth.clone(), start.clone(), scale.clone()
         truth[3], start[3], scale[3] = last, 1 - last, last
-        how = {"guidance": guidance, "momentum": momentum, "from_noise": from_noise}
+        how = {"guidance": guidance, "from_noise": from_noise} | extras
         found.append(run(prior, observed(truth), scale, start, **how))
     one, two = found
     torch.testing.assert_close(one[:3], two[:3], rtol=1e-5, atol=1e-6)
@@ -312,58 +331,11 @@ def test_noising_is_that_of_the_schedule():
     torch.testing.assert_close(prior.add_noise(images, noise, t), expected, rtol=1e-5, atol=1e-5)
 
 
-def save_pretrained(folder, **schedule):
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DModel(
-        sample_size=16, in_channels=3, out_channels=3, block_out_channels=(8, 8),
-        layers_per_block=1, down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2, norm_num_groups=4,
-    )  # fmt: skip
-    unet.save_pretrained(folder)
-    diffusers.DDPMScheduler(30, **schedule).save_pretrained(folder)
-    return unet.eval()
-
-
-def test_a_pretrained_prior_is_loaded_from_a_folder(workshop, pictures, tmp_path):
-    unet = save_pretrained(tmp_path / "prior", beta_schedule="linear")
-    params = PriorParams(pretrained=str(tmp_path / "prior"))
-    prior, facts = get_prior(params, workshop, pictures(4), pictures(4))
-    assert facts["source"] == str(tmp_path / "prior")
-    assert prior.timesteps == 30
-    images, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 20])
-    with torch.no_grad():
-        torch.testing.assert_close(prior(images, t), unet(images, t).sample)
-    schedule = diffusers.DDPMScheduler(30, beta_schedule="linear")
-    torch.testing.assert_close(prior.signal.float(), schedule.alphas_cumprod)
-
-
-def test_a_prior_that_predicts_something_else_is_refused(workshop, pictures, tmp_path):
-    save_pretrained(tmp_path / "prior", prediction_type="v_prediction")
-    with pytest.raises(MibenchError):
-        get_prior(
-            PriorParams(pretrained=str(tmp_path / "prior")), workshop, pictures(4), pictures(4)
-        )
-
-
-@pytest.mark.parametrize("name", ["nobody/no-such-prior", "./no-such-folder", "half"])
-def test_a_pretrained_prior_that_is_missing_is_told_quickly(workshop, pictures, tmp_path, name):
-    if name == "half":
-        save_pretrained(tmp_path / "prior")
-        (tmp_path / "prior" / "scheduler_config.json").unlink()
-        name = str(tmp_path / "prior")
-    began = time.monotonic()
-    with pytest.raises(UnavailableError, match="pretrained") as caught:
-        get_prior(PriorParams(pretrained=name), workshop, pictures(4), pictures(4))
-    assert time.monotonic() - began < 10
-    assert name in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
 # --- the attack ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("guidance", GUIDANCE)
-@pytest.mark.parametrize("start", ["decoder", "noise"])
+@pytest.mark.parametrize("start", ["decoder", "gradient", "noise"])
 def test_the_whole_attack_runs_and_repeats(workshop, make_target, pictures, guidance, start):
     def client(images):
         return (nn.functional.avg_pool2d(images, 2),)
@@ -374,6 +346,7 @@ def test_the_whole_attack_runs_and_repeats(workshop, make_target, pictures, guid
         tuning_images=2,
         prior=PriorParams(**TINY),
         decoder={"steps": 5, "batch": 8},
+        gradient={"steps": 5, "restarts": 1, "tuning_images": 2},
     )
     attack = Diffusion(params, workshop)
     target = make_target(client)
@@ -389,7 +362,9 @@ def test_the_whole_attack_runs_and_repeats(workshop, make_target, pictures, guid
     assert found[0].max() <= 1
     facts = attack.facts()["scale"]
     assert facts["weight"] in SCALES[guidance]
-    assert len(facts["validation_mse"]) == len(SCALES[guidance])
+    # Where there is nothing to choose, nothing is tried.
+    if len(SCALES[guidance]) > 1:
+        assert len(facts["validation_mse"]) == len(SCALES[guidance])
     blind = attack.blind(5)
     assert blind.shape == (5, 3, 16, 16)
     assert blind.min() >= 0
@@ -406,15 +381,23 @@ def test_the_mean_of_samples_is_the_mean_of_single_ones(workshop, make_target, p
         "tuning_images": 2,
         "prior": TINY,
     }
-    one, three = (Diffusion(Diffusion.Params(**params, samples=n), workshop) for n in (1, 3))
-    for attack in (one, three):
+    one, mean = (
+        Diffusion(Diffusion.Params(**params), workshop),
+        DiffusionMean(DiffusionMean.Params(**params), workshop),
+    )
+    for attack in (one, mean):
         attack.prepare(make_target(client), pictures(32), pictures(4, seed=1))
+    # Prior and weight are the same ones, out of the cache.
+    kept = {kind: len(list((workshop.store.root / kind).iterdir())) for kind in ("prior", "tuning")}
+    assert set(kept.values()) == {2}, kept  # the artifact and its lock
+    assert one.spec() != mean.spec()
     shares = client(pictures(2, seed=2).images())
     torch.manual_seed(0)
-    single = torch.stack([one.reconstruct(shares) for _ in range(3)])
+    single = torch.stack([one.reconstruct(shares) for _ in range(DiffusionMean.samples)])
     torch.manual_seed(0)
-    together = three.reconstruct(shares)
+    together = mean.reconstruct(shares)
     assert single.std(0).max() > 0.01
+    assert (mean.facts()["samples"], one.facts()["samples"]) == (8, 1)
     torch.testing.assert_close(together, single.mean(0))
 
 
@@ -457,7 +440,7 @@ def test_guidance_from_noise_recovers_what_is_seen_as_it_is(guidance):
         weights = torch.full((2,), scale)
         images = run(
             prior, misfit, weights, torch.zeros_like(truth),
-            values=values, guidance=guidance, steps=100,
+            values=values, guidance=guidance, steps=100, inner=10,
         )  # fmt: skip
         found.append((images - truth).square().mean().item())
     assert 10 * math.log10(1 / min(found)) > 25

@@ -2,140 +2,258 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from mibench import seeding
+from mibench import progress, seeding
 from mibench.artifacts import Checkpoint
 from mibench.attacks.base import Attack, Workshop
 from mibench.attacks.budget import images_at_once, in_groups
 from mibench.attacks.decoder import Decoder
-from mibench.attacks.diffusion.prior import Prior, PriorParams, get_prior
+from mibench.attacks.diffusion.denoiser import Prior
+from mibench.attacks.diffusion.misfit import DISTANCES
+from mibench.attacks.diffusion.prior import PriorParams, get_prior
 from mibench.attacks.diffusion.sampler import SamplerParams, sample
+from mibench.attacks.gradient import Gradient
 from mibench.attacks.tuning import best_weight
 from mibench.data.sets import ImageSet
 from mibench.defenses.base import Shares
 from mibench.files import Json
-from mibench.registry import attacks
+from mibench.registry import attacks, lineage, package_fingerprint
 from mibench.threat import Knowledge, Target
 
 SCALES = {
     "proximal": (0.01, 0.1, 1.0, 10.0, 100.0),
     "dps": (0.3, 1.0, 3.0, 10.0, 30.0),
     "dsg": (1.0,),  # takes only the direction of the gradient: there is no weight to choose
+    "red-diff": (0.25, 2.5, 25.0, 250.0),
 }
 """Grids of the guidance weight, chosen from on the attacker's validation images."""
+
+DRAG: Mapping[str, Any] = {
+    "start": "noise",
+    "distance": "cosine",
+    "sampler": {
+        "steps": 250, "spacing": "leading", "least_signal": 0.0, "eta": 1.0, "guidance": "dsg",
+        "rate": 0.2, "momentum": True, "recurrence": 16, "clip": 0.02, "tv": 0.1, "l2": 0.01,
+        "clamp": False,
+    },
+}  # fmt: skip
+"""DRAG (arXiv 2509.11724) with a prior of pixels, as in its published code; see `Diffusion`."""
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "dps": {"start": "noise", "sampler": {"steps": 100, "guidance": "dps"}},
+    "drag": DRAG,
+    "drag++": {**DRAG, "start": "decoder", "sampler": {**DRAG["sampler"], "strength": 0.3}},
+    "red-diff": {"start": "noise", "sampler": {"steps": 200, "guidance": "red-diff"}},
+}
 
 
 @attacks.register("diffusion", knowledge="white_box", paper="DPS 2209.14687, DRAG 2509.11724")
 class Diffusion(Attack):
-    """Guided sampling from an unconditional diffusion prior, from noise or from a decoder's image.
+    """One guided sample from an unconditional diffusion prior, from noise or from a first image.
 
     What guides is the likelihood of the received values under the defense's own law; see
-    `sampler.sample` for the three kinds of guidance. ``start: decoder`` begins at the decoder
-    attack's image, noised to ``strength`` (the warm start of DRAG++); ``start: noise`` is plain DPS
-    or DRAG. The weight of the guidance is chosen for every target on the attacker's validation
-    images, with the same grid for every defense.
+    `sampler.sample` for the kinds of guidance. ``start: decoder`` and ``start: gradient`` begin at
+    that attack's image, noised to ``strength`` of the levels (the warm start of DRAG++);
+    ``start: noise`` is plain sampling. The weight of the guidance is chosen for every target on the
+    attacker's validation images, with the same grid for every defense.
 
-    A sample from a posterior has up to twice the squared error of the posterior's mean, 3 dB of
-    PSNR. With ``samples`` above 1 the answer is the mean of so many.
+    Presets are the published methods. ``drag`` (arXiv 2509.11724): at every of 250 levels, 16 times
+    g = grad_x [mean_p (1 - cos(client(x_0)_p, z_p)) + 0.1 TV(x_0) + 0.01 mean x_0^2] through the
+    denoiser, |g| cut to 0.02, its direction from Adam's moments over all steps, a step on the
+    sphere of the noise (`sampler.dsg_step`, g_r 0.2), and noised back. For a latent prior the
+    published ``sampler.tv`` is 0. ``drag++`` begins at the decoder's image and runs the last 30 %.
+    ``dps`` (arXiv 2209.14687) and ``red-diff`` (arXiv 2305.04391) take the likelihood for their
+    squared residual. Departures: the published code works on one image and takes norms over its
+    batch, here all is per image; it clamps what the client is given, which cuts the gradient where
+    a weak prior leaves [0, 1], and here the gradient passes. RED-diff begins at grey, since a
+    client has no pseudo-inverse.
+
+    Not-finite values in a share are read as zero.
     """
 
     knowledge = Knowledge.WHITE_BOX
     budget = ("sampler.steps", "decoder.steps")
+    samples: ClassVar[int] = 1
+    """Samples whose mean is the answer."""
 
     class Params(Attack.Params):
-        """Start, guidance, prior, and the grid of step sizes."""
+        """Start, guidance, prior, and the grid of weights."""
 
-        start: Literal["decoder", "noise"] = "decoder"
+        preset: Literal["dps", "drag", "drag++", "red-diff"] | None = Field(
+            default=None, description="a published method: sets what is not set beside it"
+        )
+        start: Literal["decoder", "gradient", "noise"] = Field(
+            default="decoder", description="where sampling begins"
+        )
+        distance: Literal["likelihood", "l2", "cosine"] = Field(
+            default="likelihood", description="what compares messages; only the first is adaptive"
+        )
         sampler: SamplerParams = SamplerParams()
         scales: tuple[float, ...] | None = Field(
             default=None, min_length=1, description="grid of guidance weights; null: `SCALES`"
         )
         tuning_images: int = Field(default=16, gt=0, description="validation images per weight")
-        samples: int = Field(default=1, gt=0, description="samples whose mean is the answer")
         prior: PriorParams = PriorParams()
         decoder: Decoder.Params = Decoder.Params()
+        gradient: Gradient.Params = Gradient.Params()
+
+        @model_validator(mode="before")
+        @classmethod
+        def _filled(cls, given: Any) -> Any:
+            """Puts the preset's values where nothing was given."""
+            # What comes from JSON is read strictly as Python from here on: lists would be refused.
+            given = _tuples(given)
+            name = given.get("preset") if isinstance(given, dict) else None
+            if not isinstance(name, str) or name not in PRESETS:
+                return given
+            filled = {**PRESETS[name], **given}
+            if isinstance(filled["sampler"], dict):
+                filled["sampler"] = {**PRESETS[name]["sampler"], **filled["sampler"]}
+            return filled
 
     params: Params
 
     def __init__(self, params: Params, workshop: Workshop) -> None:
         super().__init__(params, workshop)
-        self._decoder = Decoder(params.decoder, workshop)
+        self._first: Decoder | Gradient | None = None
+        if params.start == "decoder":
+            self._first = Decoder(params.decoder, workshop)
+        elif params.start == "gradient":
+            self._first = Gradient(params.gradient, workshop)
         self._target: Target | None = None
         self._prior: Prior | None = None
         self._scale = 0.0
         self._facts: dict[str, Json] = {}
+        self._loaded: Json = None
 
     def prepare(self, target: Target, auxiliary: ImageSet, validation: ImageSet) -> None:
-        """Trains or loads prior and decoder, then chooses the step size on validation images."""
+        """Trains or loads prior and first attack, then chooses the weight on validation images."""
         self._target = target
         self._prior, prior_facts = get_prior(
             self.params.prior, self.workshop, auxiliary, validation
         )
-        if self.params.start == "decoder":
-            self._decoder.prepare(target, auxiliary, validation)
+        self._loaded = prior_facts.get("identity")
+        if self._first is not None:
+            self._first.prepare(target, auxiliary, validation)
 
         def make(_: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Json]]:
             some = validation.take(self.params.tuning_images).images().to(self.workshop.device)
             with seeding.stream(self.workshop.seed, "diffusion tuning"):
                 shares = target.query(some)
-                facts = best_weight(some, shares, self._candidates(), self._sample)
-            return {}, facts
+                begun = (*shares, self._begin(shares))
+                return {}, best_weight(some, begun, candidates, self._draw_all)
 
-        spec = {
-            **self.spec(),
-            "target": target.identity,
-            "auxiliary": auxiliary.identity,
-            "validation": validation.identity,
-        }
-        tuned = self.workshop.keep("tuning", spec, make)
-        self._scale = float(tuned.facts["weight"])  # type: ignore[arg-type]
-        self._facts = {"scale": tuned.facts, "prior": prior_facts, "decoder": self._decoder.facts()}
+        candidates = self.params.scales or SCALES[self.params.sampler.guidance]
+        chosen: Mapping[str, Json] = {"weight": candidates[0]}
+        if len(candidates) > 1:
+            spec = {
+                **self.spec(),
+                # What follows does not depend on the number of samples.
+                "attack": Diffusion.name,
+                "code": [*lineage(Diffusion), package_fingerprint("mibench.attacks")],
+                "target": target.identity,
+                "auxiliary": auxiliary.identity,
+                "validation": validation.identity,
+            }
+            chosen = self.workshop.keep("tuning", spec, make).facts
+        self._scale = float(chosen["weight"])  # type: ignore[arg-type]
+        self._facts = {"scale": chosen, "prior": prior_facts, "samples": self.samples}
+        if self._first is not None:
+            self._facts[self.params.start] = self._first.facts()
 
     def reconstruct(self, shares: Shares) -> Tensor:
         """One guided sample per image, or the mean of several."""
+        shares = _finite(shares)
+        begun = (*shares, self._begin(shares))
         scale = torch.full((len(shares[0]),), self._scale, device=shares[0].device)
-        size = images_at_once(self.workshop.image_shape)
-        drawn = [in_groups(self._sample, shares, scale, size) for _ in range(self.params.samples)]
-        return torch.stack(drawn).mean(0)
+        total = self._draw_all(begun, scale)
+        for _ in range(1, self.samples):
+            total = total + self._draw_all(begun, scale)
+        return total / self.samples
 
     @torch.no_grad()
     def blind(self, count: int) -> Tensor:
         """Unconditional samples of the prior."""
-        nothing = torch.zeros(count, device=self.workshop.device)
-        return in_groups(self._draw, (), nothing, images_at_once(self.workshop.image_shape))
+        assert self._prior is not None, "prepare() comes first"
+        return unconditional(self._prior, self.workshop, self.params.sampler, count)
 
     def facts(self) -> dict[str, Json]:
-        """The chosen step size with its validation errors, the prior and the decoder."""
+        """The chosen weight with its validation errors, the prior and the first attack."""
         return self._facts
 
-    def _candidates(self) -> tuple[float, ...]:
-        return self.params.scales or SCALES[self.params.sampler.guidance]
+    def spec(self) -> dict[str, Json]:
+        """Also the hash of a loaded prior: a name or folder does not tell what it holds."""
+        return {**super().spec(), **({"prior": self._loaded} if self._loaded else {})}
 
-    def _draw(self, _: Shares, scale: Tensor) -> Tensor:
+    def _begin(self, shares: Shares) -> Tensor:
+        """Images (B, 3, H, W) to begin from."""
+        first, shape, device = self._first, self.workshop.image_shape, shares[0].device
+        if first is None:
+            return torch.full((len(shares[0]), *shape), 0.5, device=device)
+        if isinstance(first, Gradient):
+            return first.reconstruct(shares)  # in groups of its own, for its restarts
+        size, nothing = images_at_once(shape), torch.zeros(len(shares[0]), device=device)
+        return in_groups(lambda some, _: first.reconstruct(some), shares, nothing, size)
+
+    def _draw_all(self, begun: Shares, scale: Tensor) -> Tensor:
+        """One sample for each image: shares with the first images behind them → images."""
         assert self._prior is not None, "prepare() comes first"
-        start = torch.zeros(len(scale), *self.workshop.image_shape, device=scale.device)
-        return sample(self._prior, None, 1, scale, self.params.sampler, start, from_noise=True)
+        size = images_at_once(self._prior.working_shape(self.workshop.image_shape))
+        return in_groups(self._draw, begun, scale, size)
 
-    def _sample(self, shares: Shares, scale: Tensor) -> Tensor:
+    def _draw(self, begun: Shares, scale: Tensor) -> Tensor:
         assert self._target is not None, "prepare() comes first"
         assert self._prior is not None, "prepare() comes first"
-        target, values = self._target, sum(share[0].numel() for share in shares)
-
-        def misfit(images: Tensor) -> Tensor:
-            return -target.log_likelihood(shares, target.client(images))
-
+        *shares, start = begun
+        misfit = DISTANCES[self.params.distance](self._target, tuple(shares))
         from_noise = self.params.start == "noise"
-        shape = (len(shares[0]), *self.workshop.image_shape)
-        start = (
-            torch.zeros(shape, device=shares[0].device)
-            if from_noise
-            else self._decoder.reconstruct(shares)
-        )
-        return sample(
-            self._prior, misfit, values, scale, self.params.sampler, start, from_noise=from_noise
-        )
+        return sample(self._prior, misfit, scale, self.params.sampler, start, from_noise=from_noise)
+
+
+@attacks.register("diffusion-mean", knowledge="white_box", paper="DPS 2209.14687, DRAG 2509.11724")
+class DiffusionMean(Diffusion):
+    """The mean of 8 samples of `diffusion`, with the same prior and the same weight.
+
+    A sample from a posterior has up to twice the squared error of the posterior's mean, 3 dB of
+    PSNR; the mean is smoother, so perceptual scores may prefer the one sample.
+    """
+
+    samples = 8
+
+
+def unconditional(prior: Prior, workshop: Workshop, how: SamplerParams, count: int) -> Tensor:
+    """Draws ``count`` images from a prior alone, no more at once than memory surely holds."""
+    once = how.model_copy(update={"recurrence": 1})  # nothing guides: once a level is enough
+
+    def draw(_: Shares, scale: Tensor) -> Tensor:
+        start = torch.full((len(scale), *workshop.image_shape), 0.5, device=scale.device)
+        return sample(prior, None, scale, once, start, from_noise=True)
+
+    size = images_at_once(prior.working_shape(workshop.image_shape))
+    with torch.no_grad():
+        return in_groups(draw, (), torch.zeros(count, device=workshop.device), size)
+
+
+def _tuples(value: Any) -> Any:
+    """The same value with tuples for lists."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _finite(shares: Shares) -> Shares:
+    """Reads values that are not finite as zero, and says so."""
+    broken = torch.stack([~share.flatten(1).isfinite().all(1) for share in shares]).any(0)
+    if not broken.any():
+        return shares
+    progress.note(
+        f"{int(broken.sum())} of {len(broken)} messages hold values that are not finite; the "
+        "diffusion attack reads those as zero"
+    )
+    return tuple(share.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for share in shares)

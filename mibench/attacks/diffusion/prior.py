@@ -1,21 +1,23 @@
-"""The prior: an unconditional denoising diffusion model of images (Ho et al., arXiv 2006.11239)."""
+"""Where the prior comes from: trained on auxiliary images, from the hub, or from a folder."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import diffusers
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from mibench import seeding
-from mibench.artifacts import Checkpoint
+from mibench.artifacts import Artifact, Checkpoint
 from mibench.attacks.base import Workshop
 from mibench.attacks.budget import images_at_once
+from mibench.attacks.diffusion import pretrained
+from mibench.attacks.diffusion.denoiser import Prior
 from mibench.data.sets import ImageSet
-from mibench.errors import InvalidParamsError, UnavailableError
+from mibench.errors import InvalidParamsError
 from mibench.files import Json
 from mibench.params import Parameters
 from mibench.protocol import Recipe
@@ -29,12 +31,12 @@ VALIDATION = 512
 
 
 class PriorParams(Parameters):
-    """Which prior: trained on auxiliary images, or loaded from the hub."""
+    """Which prior: trained on auxiliary images, or loaded."""
 
     pretrained: str | None = Field(
         default=None,
-        description="hub id of an unconditional UNet2DModel with its scheduler; it may have seen "
-        "other images than the auxiliary ones, private ones included",
+        description="hub id or folder of an unconditional DDPM or of a Stable Diffusion, in "
+        "diffusers' layout, safetensors only; it may have seen private images",
     )
     steps: int = Field(default=3000, gt=0, description="training steps")
     batch: int = Field(default=32, gt=0, description="images per step")
@@ -47,50 +49,46 @@ class PriorParams(Parameters):
     timesteps: int = Field(default=1000, gt=1, description="T, noise levels")
 
 
-class Prior(nn.Module):
-    """A noise predictor eps(x_t, t) with its noise schedule.
-
-    Images are in [-1, 1] here, as in the paper. With ``patch`` f the UNet works on f x f pixel
-    patches folded into channels, which makes it several times faster on small images.
-
-    Attributes:
-        signal: cumulative products abar_t, (T,); x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps.
-    """
-
-    signal: Tensor
-
-    def __init__(self, unet: nn.Module, scheduler: Any, patch: int) -> None:
-        super().__init__()
-        self.unet = unet
-        self.patch = patch
-        self.timesteps = int(scheduler.config.num_train_timesteps)
-        self.register_buffer("signal", scheduler.alphas_cumprod.clone().float())
-
-    def forward(self, noisy: Tensor, timestep: Tensor) -> Tensor:
-        """Predicts the noise in ``noisy`` (B, 3, H, W) at ``timestep`` (B,)."""
-        folded = F.pixel_unshuffle(noisy, self.patch)
-        return F.pixel_shuffle(self.unet(folded, timestep).sample, self.patch)
-
-    def add_noise(self, images: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        """Returns x_t for clean images in [-1, 1]."""
-        signal = self.signal[timestep].to(images.dtype).view(-1, 1, 1, 1)
-        return signal.sqrt() * images + (1 - signal).sqrt() * noise
-
-
 def get_prior(
     params: PriorParams, workshop: Workshop, auxiliary: ImageSet, validation: ImageSet
 ) -> tuple[Prior, dict[str, Json]]:
-    """Loads the prior from the hub, or trains it on auxiliary images (or takes it from the cache).
+    """Loads the prior, or trains it on auxiliary images (or takes it from the cache).
 
     Returns:
-        The prior in evaluation mode, and facts: where it comes from and its validation loss.
+        The prior in evaluation mode, and facts: where it comes from, what images it saw, and the
+        validation loss of a trained one, or the hash of a loaded one.
 
     Raises:
-        UnavailableError: the pretrained prior cannot be downloaded.
+        UnavailableError: the pretrained prior cannot be had.
+        InvalidParamsError: it does not fit the images, or the parameters do not.
     """
     if params.pretrained is not None:
-        prior = _from_hub(params.pretrained).to(workshop.device).eval()
-        return prior, {"source": params.pretrained, "saw": "unknown: see the model's card"}
+        prior, facts = pretrained.load(params.pretrained, workshop.image_shape)
+    else:
+        prior, artifact = trained(params, workshop, auxiliary, validation)
+        facts = {
+            "source": "auxiliary",
+            "saw": "the auxiliary images of the protocol",
+            "validation_loss": artifact.facts["validation_loss"],
+        }
+    return prior.to(workshop.device).eval().requires_grad_(requires_grad=False), facts
+
+
+def trained(
+    params: PriorParams, workshop: Workshop, auxiliary: ImageSet, validation: ImageSet
+) -> tuple[Prior, Artifact]:
+    """Trains a prior on auxiliary images, or takes it from the cache.
+
+    The mean over the last steps' weights is kept (EMA), and a training that was killed goes on from
+    its checkpoint.
+
+    Returns:
+        The prior and its place in the cache.
+
+    Raises:
+        InvalidParamsError: the UNet does not fit the images.
+        DivergedError: the loss became infinite or not a number.
+    """
     with seeding.stream(workshop.seed, "prior"):
         prior = _build(params, workshop.image_shape).to(workshop.device)
     recipe = Recipe(
@@ -118,13 +116,12 @@ def get_prior(
         "image_shape": list(workshop.image_shape),
         "auxiliary": auxiliary.identity,
         "validation": validation.identity,
-        "code": fingerprint(Prior),
+        "code": [fingerprint(Prior), fingerprint(PriorParams)],
         "diffusers": diffusers.__version__,
     }
     artifact = workshop.keep("prior", spec, make)
     prior.load_state_dict(artifact.tensors)
-    facts = {"source": "auxiliary", "validation_loss": artifact.facts["validation_loss"]}
-    return prior.eval(), facts
+    return prior.eval(), artifact
 
 
 def _denoising_error(prior: Prior, images: Tensor, generator: torch.Generator) -> Tensor:
@@ -132,7 +129,7 @@ def _denoising_error(prior: Prior, images: Tensor, generator: torch.Generator) -
     noise = torch.randn(images.shape, generator=generator).to(images.device)
     timestep = torch.randint(0, prior.timesteps, (len(images),), generator=generator)
     timestep = timestep.to(images.device)
-    noisy = prior.add_noise(2 * images - 1, noise, timestep)
+    noisy = prior.add_noise(prior.encode(images), noise, timestep)
     return F.mse_loss(prior(noisy, timestep).float(), noise)
 
 
@@ -166,23 +163,3 @@ def _build(params: PriorParams, image_shape: tuple[int, int, int]) -> Prior:
     )
     scheduler = diffusers.DDPMScheduler(params.timesteps, beta_schedule="squaredcos_cap_v2")
     return Prior(unet, scheduler, params.patch)
-
-
-def _from_hub(name: str) -> Prior:
-    diffusers.utils.logging.set_verbosity_error()
-    try:
-        unet = diffusers.UNet2DModel.from_pretrained(name, use_safetensors=True)
-        scheduler = diffusers.DDPMScheduler.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UnavailableError(
-            f"cannot get the diffusion prior {name!r} as safetensors from the hub; connect to the "
-            "internet, check the id, or leave attack.prior.pretrained out to train a prior on "
-            "auxiliary images."
-        ) from error
-    config = unet.config
-    if scheduler.config.prediction_type != "epsilon" or config.out_channels != config.in_channels:
-        raise InvalidParamsError(
-            f"attack.prior.pretrained: {name!r} does not predict the noise alone (its prediction "
-            f"type is {scheduler.config.prediction_type!r}); choose an unconditional DDPM"
-        )
-    return Prior(unet, scheduler, patch=1)
