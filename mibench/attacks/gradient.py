@@ -168,7 +168,8 @@ class Gradient(Attack):
         schedule = Schedule(params.steps, params.lr, tolerance=params.tolerance)
         run = descend([start], objective, schedule, "Gradient attack")
         with torch.no_grad():
-            images = (centre + self._spectrum(run.values[0])).sigmoid()
+            # Where even the shares are no numbers, the answer is grey.
+            images = (centre + self._spectrum(run.values[0])).sigmoid().nan_to_num(nan=0.5)
         return images.unflatten(0, (-1, restarts)), run
 
 

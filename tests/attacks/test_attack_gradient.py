@@ -104,6 +104,15 @@ def spied(attack):
     return calls
 
 
+def test_a_share_of_no_numbers_gives_a_grey_image(workshop, make_target, pictures):
+    attack = made(workshop, make_target(rotated), pictures, steps=30, restarts=2)
+    (share,) = rotated(pictures(2, seed=2).images())
+    share[1] = float("nan")
+    rebuilt = attack.reconstruct((share,))
+    assert (rebuilt[1] == 0.5).all()
+    assert rebuilt[0].std() > 0.01
+
+
 def test_more_starts_reach_a_lower_objective_per_image(workshop, make_target, pictures):
     def bumpy(images):
         return (torch.sin(6 * rotated(images)[0]),)
