@@ -128,10 +128,12 @@ class DeepPrior(Attack):
         device, count = weights.device, len(weights)
         values = sum(share[0].numel() for share in shares)
         # Image by image, so that no draw depends on how the images are grouped.
-        drawn = [networks.draw() for _ in range(count)]
+        drawn, noise = [], []
+        for _ in range(count):
+            drawn.append(networks.draw())
+            noise.append(torch.Generator().manual_seed(int(torch.randint(2**62, ()))))
         start = [torch.stack(parts).to(device) for parts in zip(*drawn, strict=True)]
         fixed, start = start[0], start[1:]
-        noise = [torch.Generator().manual_seed(int(torch.randint(2**62, ()))) for _ in range(count)]
         last = max(1, round(params.averaged * params.steps))
         total = torch.zeros(count, *self.workshop.image_shape, device=device)
         seen = torch.zeros(count, 1, 1, 1, device=device)
