@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from mibench.attacks.budget import images_at_once, in_groups
+from mibench.attacks.descent import Descent
 from mibench.defenses.base import Shares
 from mibench.files import Json
 
@@ -25,14 +27,15 @@ def best_weight(
         shares: what the client sends for them.
         candidates: weights to try.
         attack: (shares, weight per image (B,)) → images. Gets all candidates at once, or groups of
-            images where that would be more than `budget.VALUES`.
+            images where memory would not hold so many, see `budget`.
 
     Returns:
         ``weight`` and ``validation_mse``, the mean squared error of each candidate.
     """
     repeated = tuple(torch.cat([share] * len(candidates)) for share in shares)
     weights = torch.tensor(candidates, device=images.device).repeat_interleave(len(images))
-    rebuilt = in_groups(attack, repeated, weights, images_at_once(images.shape[1:]))
+    size = images_at_once(images.shape[1:], images.device)
+    rebuilt = in_groups(attack, repeated, weights, size)
     rebuilt = rebuilt.view(len(candidates), *images.shape)
     errors = (rebuilt - images).square().flatten(1).mean(1).tolist()
     # A candidate that diverged (not a number) is never the best.
@@ -45,3 +48,17 @@ def best_weight(
             for weight, error in zip(candidates, errors, strict=True)
         },
     }
+
+
+def mean_course(runs: Sequence[Descent], part: slice) -> list[Json]:
+    """Returns [step, mean objective] along the descent of some images, for the record.
+
+    Args:
+        runs: descents of groups of images, in order.
+        part: places of those images among all; a mean that is not finite becomes None.
+    """
+    means = torch.cat([run.course for run in runs])[part].mean(0).tolist()
+    return [
+        [step, mean if math.isfinite(mean) else None]
+        for step, mean in zip(runs[0].at, means, strict=True)
+    ]
