@@ -52,6 +52,7 @@ class DeepPrior(Attack):
     """
 
     knowledge = Knowledge.WHITE_BOX
+    budget = ("steps",)
 
     class Params(Attack.Params):
         """Size of the networks, budget of the descent, and the grid of the prior's weight."""

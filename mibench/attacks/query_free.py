@@ -53,6 +53,7 @@ class QueryFree(Attack):
     """
 
     knowledge = Knowledge.DATA_ONLY
+    budget = ("steps", "decoder.steps", "gradient.steps")
 
     class Params(Attack.Params):
         """The shadow and its training, and the attack on it."""

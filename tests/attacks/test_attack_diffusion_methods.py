@@ -367,7 +367,7 @@ def prepared(workshop, make_target, pictures, function=client, **values):
         **{
             "tuning_images": 2,
             "prior": TINY,
-            "decoder": {"steps": 5, "width": 8, "blocks": 1, "batch": 8},
+            "decoder": {"steps": 5, "batch": 8},
             "gradient": {"steps": 5, "restarts": 1, "tuning_images": 2},
         }
         | values

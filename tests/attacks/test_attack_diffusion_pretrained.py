@@ -261,7 +261,7 @@ def test_the_whole_attack_runs_in_latent_space(workshop, make_target, pictures, 
         **values,
         tuning_images=2,
         prior=PriorParams(pretrained=str(tmp_path)),
-        decoder={"steps": 3, "width": 8, "blocks": 1, "batch": 4},
+        decoder={"steps": 3, "batch": 4},
     )
     attack = Diffusion(params, workshop)
 

@@ -21,7 +21,7 @@ TRAINED = {
     "batch": 32,
     "lr": 1e-2,
     "width": 16,
-    "decoder": {"steps": 150, "batch": 32, "width": 16, "blocks": 1, "lr": 5e-3},
+    "decoder": {"steps": 150, "batch": 32, "lr": 5e-3},
     "gradient": {"steps": 80, "restarts": 1, "tuning_images": 4},
 }
 
