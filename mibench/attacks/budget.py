@@ -114,7 +114,7 @@ def in_groups(
 
 
 def _random_state() -> tuple[Tensor, list[Tensor]]:
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return torch.get_rng_state(), devices
 
 
@@ -122,5 +122,4 @@ def _restore(state: tuple[Tensor, list[Tensor]]) -> None:
     torch.set_rng_state(state[0])
     if state[1]:
         torch.cuda.set_rng_state_all(state[1])
-    if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

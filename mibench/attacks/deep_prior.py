@@ -228,4 +228,4 @@ def _convolved(x: Tensor, weights: Tensor, stride: int = 1) -> Tensor:
     """Convolves each image (B, C, H, W) with its own weights (B, O, C, k, k)."""
     count = len(x)
     folded = F.conv2d(x.flatten(0, 1)[None], weights.flatten(0, 1), stride=stride, groups=count)
-    return folded[0].unflatten(0, (count, -1))
+    return folded.view(count, -1, *folded.shape[2:])

@@ -163,7 +163,7 @@ def _step(
     one, two = (1 - beta ** (moment.step + 1) for beta in BETAS)
     with torch.no_grad():
         for value, gradient, mean, spread in zip(values, gradients, first, second, strict=True):
-            value.requires_grad_(requires_grad=False)
+            value.requires_grad_(False)
             mean.lerp_(gradient, 1 - BETAS[0])
             spread.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
             pace = rate.view(-1, *(1,) * (value.ndim - 1)) / one

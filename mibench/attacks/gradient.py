@@ -171,7 +171,7 @@ class Gradient(Attack):
         with torch.no_grad():
             # Where even the shares are no numbers, the answer is grey.
             images = (centre + self._spectrum(run.values[0])).sigmoid().nan_to_num(nan=0.5)
-        return images.unflatten(0, (-1, restarts)), run
+        return images.view(-1, restarts, *shape), run
 
 
 def misfit(target: Target, shares: Shares, images: Tensor, precision: str = "fp32") -> Tensor:

@@ -44,4 +44,5 @@ class Spectrum:
     def __call__(self, v: Tensor) -> Tensor:
         """Returns S v, (B, 3, H, W)."""
         waves = torch.fft.rfft2(torch.einsum("oc,bchw->bohw", self.colours, v))
-        return torch.fft.irfft2(waves * self.amplitude, s=(self.height, self.width))
+        values: Tensor = torch.fft.irfft2(waves * self.amplitude, s=(self.height, self.width))
+        return values
