@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import torch
@@ -31,6 +32,11 @@ VECTOR_SIDE = 4
 """Side of the map from which the shadow computes a share that is no map and no tokens; its trunk
 ends no coarser."""
 
+STATISTICS = 1024
+"""Auxiliary images on which the shadow's shares are measured."""
+LEAST_MATCHED = 16
+"""Received messages from which mean and deviation are taken; those of fewer are too uncertain."""
+
 
 @attacks.register("query-free", knowledge="data_only", paper="He et al., ACSAC 2019")
 class QueryFree(Attack):
@@ -46,10 +52,13 @@ class QueryFree(Attack):
     one (see `Shadow`), since the attacker does not know the client's. It cannot be expected to
     compute the client's features: the task only asks for features that the servers read alike.
 
-    A received share serves to rebuild its own image and for nothing else: the shadow's statistics
-    are not matched to those of the messages (FORA, arXiv 2405.04115, does that). The law of a
-    randomised client is unknown too, so repeated transmissions are averaged and the rest is taken
-    for the message of a deterministic one.
+    So the scale of its shares is not that of the client's. The adversary sees the latter: mean and
+    deviation of each channel, over all the received messages that it is handed at once, are brought
+    to those of the shadow on the auxiliary images, where that are `LEAST_MATCHED` images or more.
+    Nothing else passes from one image to another. (FORA, arXiv 2405.04115, aligns the whole
+    distribution by MK-MMD, while its shadow learns.) The law of a randomised client is unknown too,
+    so repeated transmissions are averaged and the rest is taken for the message of a deterministic
+    one.
     """
 
     knowledge = Knowledge.DATA_ONLY
@@ -81,7 +90,7 @@ class QueryFree(Attack):
             if params.then == "decoder"
             else Gradient(params.gradient, workshop)
         )
-        self._servers = 0
+        self._shadow: Shadow | None = None
         self._facts: dict[str, Json] = {}
 
     def prepare(self, target: Target, auxiliary: ImageSet, validation: ImageSet) -> None:
@@ -92,9 +101,9 @@ class QueryFree(Attack):
                 server does not reply class scores.
         """
         shop, params = self.workshop, self.params
-        self._servers = len(target.adversary.corrupted)
+        servers = len(target.adversary.corrupted)
         example = torch.zeros(2, *shop.image_shape, device=shop.device)
-        shapes = target.share_shapes(example)[: self._servers]
+        shapes = target.share_shapes(example)[:servers]
         with seeding.stream(shop.seed, "shadow"):
             shadow = Shadow(shop.image_shape, shapes, params.width).to(shop.device)
         _check(target, shadow.protect(example))
@@ -116,6 +125,7 @@ class QueryFree(Attack):
             course = optimise(
                 shadow, losses, recipe, seed=seed, checkpoint=checkpoint, title="Training shadow"
             )
+            shadow.measure(shadow.protect(some) for some, _ in self._some(auxiliary))
             facts: dict[str, Json] = {
                 "losses": dict(course),
                 "validation_accuracy": self._accuracy(target, shadow, validation),
@@ -132,10 +142,10 @@ class QueryFree(Attack):
         }
         artifact = shop.keep("shadow", spec, make)
         shadow.load_state_dict(artifact.tensors)
-        shadow.eval().requires_grad_(requires_grad=False)
+        self._shadow = shadow.eval().requires_grad_(requires_grad=False)
         own = Target(
             shadow,
-            Adversary(Knowledge.WHITE_BOX, tuple(range(self._servers))),
+            Adversary(Knowledge.WHITE_BOX, tuple(range(servers))),
             f"shadow-{artifact.key}-{hash_tensors(artifact.tensors)}",
         )
         self._attack.prepare(own, auxiliary, validation)
@@ -146,9 +156,11 @@ class QueryFree(Attack):
 
     def reconstruct(self, shares: Shares) -> Tensor:
         """Runs the attack as if the shadow had sent the mean of the transmissions."""
-        assert self._servers, "prepare() comes first"
-        repeats = [shares[server :: self._servers] for server in range(self._servers)]
-        return self._attack.reconstruct(tuple(torch.stack(turns).mean(0) for turns in repeats))
+        assert self._shadow is not None, "prepare() comes first"
+        servers = self._shadow.servers
+        repeats = [shares[server::servers] for server in range(servers)]
+        mean = tuple(torch.stack(turns).mean(0) for turns in repeats)
+        return self._attack.reconstruct(self._shadow.matched(mean))
 
     def facts(self) -> dict[str, Json]:
         """Accuracy of shadow and servers on the validation images, and the second attack's facts.
@@ -157,16 +169,20 @@ class QueryFree(Attack):
         """
         return self._facts
 
+    def _some(self, images: ImageSet) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields the first images and their labels, no more at once than memory surely holds."""
+        size, some = images_at_once(self.workshop.image_shape), images.take(STATISTICS)
+        for chunk, labels in zip(some.chunks(size), torch.split(some.labels, size), strict=True):
+            yield chunk.to(self.workshop.device), labels.to(self.workshop.device)
+
     @torch.no_grad()
     def _accuracy(self, target: Target, shadow: Shadow, images: ImageSet) -> list[Json]:
         """How much each corrupted server tells rightly behind the shadow, in [0, 1]."""
-        size, device = images_at_once(self.workshop.image_shape), self.workshop.device
         found = []
-        chunks = zip(images.chunks(size), torch.split(images.labels, size), strict=True)
         with seeding.stream(self.workshop.seed, "shadow validation"):
-            for some, labels in chunks:
-                replies = target.replies(shadow.protect(some.to(device)))
-                told = [target.task.correct(reply.float().cpu(), labels) for reply in replies]
+            for some, labels in self._some(images):
+                replies = target.replies(shadow.protect(some))
+                told = [target.task.correct(reply.float(), labels) for reply in replies]
                 found.append(torch.stack(told))
         return [round(mean, 4) for mean in torch.cat(found, dim=1).mean(1).tolist()]
 
@@ -214,6 +230,40 @@ class Shadow(Defense):
         features = self.trunk(4 * images - 2)
         return tuple(head(features) for head in self.heads)
 
+    @torch.no_grad()
+    def measure(self, batches: Iterable[Shares]) -> None:
+        """Notes mean and deviation of each channel of each share, from batches of its own."""
+        found: list[list[Moments]] = [[] for _ in self.heads]
+        for shares in batches:
+            for moments, share in zip(found, shares, strict=True):
+                moments.append(_moments(share))
+        for head, moments in zip(self.heads, found, strict=True):
+            assert isinstance(head, Head)
+            total = sum(count for count, _, _ in moments)
+            mean = torch.stack([count / total * one for count, one, _ in moments]).sum(0)
+            parts = [count / total * (var + (one - mean).square()) for count, one, var in moments]
+            head.mean.copy_(mean)
+            head.std.copy_(torch.stack(parts).sum(0).sqrt())
+
+    @torch.no_grad()
+    def matched(self, shares: Shares) -> Shares:
+        """Returns shares of a batch with mean and deviation of each channel as measured here."""
+        if len(shares[0]) < LEAST_MATCHED:
+            return shares
+        out = []
+        for head, share in zip(self.heads, shares, strict=True):
+            assert isinstance(head, Head)
+            _, mean, variance = _moments(share)
+            std = variance.sqrt().to(share)
+            # A channel without deviation tells nothing and becomes the shadow's mean.
+            gain = torch.where(std > 1e-6, head.std / std, 0)
+            out.append((share - mean.to(share)) * gain + head.mean)
+        return tuple(out)
+
+
+Moments = tuple[int, Tensor, Tensor]
+"""Images, and mean and variance of each channel, float64 on the CPU, shaped like the share."""
+
 
 class Head(nn.Module):
     """Features (B, width, h, w) → one share, by a convolution on the share's own grid.
@@ -222,9 +272,15 @@ class Head(nn.Module):
     place; a code is added to each, as the client's may have one. A vector is one linear layer.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, shape: tuple[int, ...], width: int) -> None:
         super().__init__()
-        self.shape, self.grid = shape, _places(shape)
+        self.grid = _places(shape)
+        channels = {3: (1, shape[0], 1, 1), 2: (1, 1, shape[-1])}.get(len(shape), (1, *shape))
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("std", torch.ones(channels))
         places = math.prod(self.grid)
         self.mixing: nn.Module = nn.Identity()
         self.code: nn.Parameter | None = None
@@ -258,6 +314,13 @@ def _places(shape: tuple[int, ...]) -> tuple[int, int]:
     if len(shape) == 2:
         return (grid_side(shape[0]),) * 2
     return VECTOR_SIDE, VECTOR_SIDE
+
+
+def _moments(share: Tensor) -> Moments:
+    """Mean and variance over all images and places: of maps' first axis, of tokens' last."""
+    axes = {4: (0, 2, 3), 3: (0, 1)}.get(share.ndim, (0,))
+    variance, mean = torch.var_mean(share, axes, correction=0, keepdim=True)
+    return len(share), mean.cpu().double(), variance.cpu().double()
 
 
 @torch.no_grad()

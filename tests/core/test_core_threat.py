@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -213,6 +213,7 @@ def test_shapes_tell_nothing_of_an_image_and_shift_no_draws():
     assert torch.equal(torch.rand(3), undisturbed)
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.lists(st.sampled_from([0.0, 1.0, -3.0, 2.5, math.nan, math.inf, -math.inf]), min_size=3,
