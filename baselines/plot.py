@@ -34,7 +34,7 @@ def draw(protocol: str, cards: list[Card], path: Path) -> None:
         reference = card.name == REFERENCE
         style = {
             "color": "black" if reference else f"C{number % 10}",
-            "marker": "os^Dv"[number % 5],
+            "marker": "os^DvPX"[number % 7],
             "markersize": 5,
         }
         axes.plot(

@@ -54,6 +54,15 @@ def test_measurements_belong_to_the_released_protocols(path):
         assert row.psnr.low <= row.psnr.value <= row.psnr.high
 
 
+def test_the_readme_shows_the_rows_of_the_cards():
+    shown = (BASELINES.parent / "README.md").read_text(encoding="utf-8")
+    shown = shown[shown.index("## First results") :].partition("\n## What")[0]
+    rows = [line for line in shown.splitlines() if line.startswith("| `")]
+    cards = (BASELINES / "README.md").read_text(encoding="utf-8").splitlines()
+    assert rows
+    assert [row for row in rows if row not in cards] == []
+
+
 def test_the_page_is_what_the_cards_give():
     cards = [load_card(path) for path in CARDS]
     assert (BASELINES / "README.md").read_text(encoding="utf-8") == page(cards)
