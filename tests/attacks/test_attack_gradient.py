@@ -210,7 +210,7 @@ def test_half_precision_reaches_about_the_same_image(workshop, make_defense, pic
 def test_from_the_decoders_image_the_descent_improves_on_it(workshop, make_target, pictures):
     attack = made(
         workshop, make_target(rotated), pictures, start="decoder",
-        decoder={"steps": 15, "batch": 8, "width": 4, "blocks": 1}, steps=100,
+        decoder={"steps": 15, "batch": 8}, steps=100,
     )  # fmt: skip
     secret = pictures(6, seed=2).images()
     shares = rotated(secret)
@@ -223,7 +223,7 @@ def test_from_the_decoders_image_the_descent_improves_on_it(workshop, make_targe
 def test_a_strong_pull_keeps_the_decoders_image(workshop, make_target, pictures):
     attack = made(
         workshop, make_target(rotated), pictures, start="decoder", pull=1e3, weights=(1e3,),
-        decoder={"steps": 5, "batch": 8, "width": 4, "blocks": 1}, steps=60,
+        decoder={"steps": 5, "batch": 8}, steps=60,
     )  # fmt: skip
     shares = rotated(pictures(6, seed=2).images())
     warm = attack._decoder.reconstruct(shares)

@@ -26,6 +26,9 @@ QUICK = {
         "decoder": QUICK_DECODER,
     },
 }
+QUICK["diffusion-mean"] = QUICK["diffusion"]
+QUICK["deep-prior"] = {"steps": 10, "tuning_images": 2, "weights": (1.0,), "width": 8, "scales": 2}
+QUICK["query-free"] = {"steps": 40, "batch": 16, "decoder": QUICK_DECODER}
 
 
 def prepared(workshop, target, name, pictures):
