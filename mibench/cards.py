@@ -1,5 +1,6 @@
 """Cards: what a defense claims, how it is run here, and what was measured, one file for each.
 
+Attacks have cards too, in ``baselines/attacks``: what each knows, learns, chooses and costs.
 ``python -m mibench.cards RUN...`` puts the records of finished runs into ``baselines/*/card.yaml``
 and writes ``baselines/README.md`` from the cards. Run it from the root of the repository. Runs that
 depart from their protocol are left out, except by a client above its budget.
@@ -10,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 from pydantic import Field, JsonValue
@@ -20,7 +22,9 @@ from mibench.files import write_atomically
 from mibench.params import Parameters, build, parse_yaml
 from mibench.record import Record, Score, read_record
 from mibench.registry import defenses
+from mibench.threat import Knowledge
 
+C = TypeVar("C", bound=Parameters)
 MEASURED = "measured:"
 """First words of a card's last part, the one that is written by this module."""
 ATTACKS = ("decoder", "gradient")
@@ -145,16 +149,53 @@ class Card(Parameters):
     measured: tuple[Measurement, ...]
 
 
+class AttackCard(Parameters):
+    """All of ``attacks/<name>.yaml``.
+
+    Attributes:
+        name: as registered.
+        paper: where it was published, if it was.
+        idea: in a sentence or two.
+        knowledge: the least that it needs.
+        learns: what it trains, and on what.
+        chooses: what it tunes, and on what.
+        cost: what it takes in training and per image.
+        differences: from the paper or its code, with the reason.
+    """
+
+    name: str
+    paper: Paper | None
+    idea: str
+    knowledge: Knowledge
+    learns: str
+    chooses: str
+    cost: str
+    differences: tuple[str, ...]
+
+
 def load_card(path: Path) -> Card:
-    """Reads one card.
+    """Reads the card of a defense.
 
     Raises:
         InvalidParamsError: it is not YAML, or a key or value is wrong.
     """
+    return _loaded(Card, path)
+
+
+def load_attack_card(path: Path) -> AttackCard:
+    """Reads the card of an attack.
+
+    Raises:
+        InvalidParamsError: it is not YAML, or a key or value is wrong.
+    """
+    return _loaded(AttackCard, path)
+
+
+def _loaded(kind: type[C], path: Path) -> C:
     values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(values, dict):
         raise InvalidParamsError(f"{path} must be a mapping of keys to values")
-    return build(Card, values, str(path))
+    return build(kind, values, str(path))
 
 
 def measurement(record: Record) -> Measurement:
@@ -238,7 +279,7 @@ def strongest(rows: Sequence[Measurement]) -> list[Measurement]:
     return list(found.values())
 
 
-def page(cards: Sequence[Card]) -> str:
+def page(cards: Sequence[Card], attack_cards: Sequence[AttackCard] = ()) -> str:
     """Returns ``baselines/README.md``: what each card says, and two tables for each protocol."""
     lines = [
         "# Baselines",
@@ -250,17 +291,26 @@ def page(cards: Sequence[Card]) -> str:
     ]
     rows = []
     for card in cards:
-        paper = "-" if card.paper is None else f"{card.paper.authors}, {card.paper.venue}"
         knob = f"`{card.strength.parameter}`" if card.strength else "-"
         link = f"[`{card.name}`]({card.name}/card.yaml)"
-        rows.append([link, paper, card.families.maps, card.families.tokens, knob])
+        rows.append([link, _cited(card.paper), card.families.maps, card.families.tokens, knob])
     lines += _markdown(["defense", "paper", "maps", "tokens", "strength"], rows)
+    if attack_cards:
+        lines += ["", *_markdown(["attack", "paper", "knowledge", "learns", "cost"], [
+            [f"[`{one.name}`](attacks/{one.name}.yaml)", _cited(one.paper), one.knowledge.value,
+             one.learns, one.cost]
+            for one in attack_cards
+        ])]  # fmt: skip
     for protocol, content in sorted({(r.protocol, r.content) for c in cards for r in c.measured}):
         measured = [(c, row) for c in cards for row in c.measured if row.content == content]
         lines += ["", f"## {protocol}", "", *_defaults_table(measured)]
         if any(row.params for _, row in measured):
             lines += ["", "### Strengths and variants", "", *_variants_table(measured)]
     return "\n".join(lines) + "\n"
+
+
+def _cited(paper: Paper | None) -> str:
+    return "-" if paper is None else f"{paper.authors}, {paper.venue}"
 
 
 def _defaults_table(measured: Sequence[tuple[Card, Measurement]]) -> list[str]:
@@ -384,7 +434,8 @@ def main(arguments: Sequence[str], folder: Path = Path("baselines")) -> int:
     try:
         collect(folder, [read_record(Path(one)) for one in arguments])
         cards = [load_card(path) for path in sorted(folder.glob("*/card.yaml"))]
-        write_atomically(folder / "README.md", page(cards).encode())
+        others = [load_attack_card(path) for path in sorted(folder.glob("attacks/*.yaml"))]
+        write_atomically(folder / "README.md", page(cards, others).encode())
     except MibenchError as error:
         sys.stderr.write(f"{error}\n")
         return 2

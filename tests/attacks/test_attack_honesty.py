@@ -168,7 +168,7 @@ def test_coalitions_of_every_size_run_and_know_no_less_when_they_grow(
     defense, errors = privdfs[features], []
     for size in (1, 2, 3, 9):  # more than there are is all of them
         assault, originals = stage(
-            pictures, tmp_path, defense, {"coalition": size}, steps=150, width=16, lr=5e-3, batch=16
+            pictures, tmp_path, defense, {"coalition": size}, steps=150, lr=5e-3, batch=16
         )
         together = min(size, 3)
         assert len(assault.shares) == len(assault.adversary.corrupted) == together

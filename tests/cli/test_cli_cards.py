@@ -5,15 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from mibench.cards import MEASURED, collect, load_card, main, measurement, page
+from mibench.cards import MEASURED, collect, load_attack_card, load_card, main, measurement, page
 from mibench.errors import InvalidParamsError
 from mibench.evaluate import OVER_BUDGET
 from mibench.params import build
 from mibench.protocol import load_protocol, released
-from mibench.registry import defenses
+from mibench.registry import attacks, defenses
 
 BASELINES = Path(__file__).parents[2] / "baselines"
 CARDS = sorted(BASELINES.glob("*/card.yaml"))
+ATTACK_CARDS = sorted(BASELINES.glob("attacks/*.yaml"))
 every = pytest.mark.parametrize("path", CARDS, ids=lambda path: path.parent.name)
 
 
@@ -65,7 +66,23 @@ def test_the_readme_shows_the_rows_of_the_cards():
 
 def test_the_page_is_what_the_cards_give():
     cards = [load_card(path) for path in CARDS]
-    assert (BASELINES / "README.md").read_text(encoding="utf-8") == page(cards)
+    others = [load_attack_card(path) for path in ATTACK_CARDS]
+    assert (BASELINES / "README.md").read_text(encoding="utf-8") == page(cards, others)
+
+
+def test_every_built_in_attack_has_a_card():
+    built_in = {entry.name for entry in attacks.entries() if entry.origin == "mibench"}
+    assert {load_attack_card(path).name for path in ATTACK_CARDS} == built_in
+
+
+@pytest.mark.parametrize("path", ATTACK_CARDS, ids=lambda path: path.stem)
+def test_the_card_of_an_attack_says_what_its_code_says(path):
+    card, method = load_attack_card(path), attacks.load(path.stem)
+    assert card.name == path.stem
+    assert card.knowledge is method.knowledge
+    listed = attacks.entry(path.stem).facts.get("paper", "")
+    if card.paper is not None:
+        assert card.paper.authors in listed or str(card.paper.arxiv) in listed
 
 
 @pytest.fixture
