@@ -31,7 +31,7 @@ SCREENING_IMAGES = 4096
 """Auxiliary images on which coalitions are screened, at most."""
 SCREENING_VALUES = 2**28
 """Values of all shares that the screening holds of each set, at most."""
-LEAST_IMAGES = {"auxiliary": 16, "validation": 2}
+LEAST_IMAGES = {"auxiliary": 4, "validation": 2}
 """Fewest images of the attacker's roles: with fewer there is nothing to learn or choose from."""
 
 
