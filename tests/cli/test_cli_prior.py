@@ -64,7 +64,7 @@ def test_by_default_the_files_lie_beside_the_runs(invoke, quick, tmp_path):
 def test_a_killed_training_goes_on(invoke, quick, monkeypatch, tmp_path):
     import mibench.training
 
-    real = mibench.training._average
+    real = mibench.training._Run.average_in
     state = {"left": 4, "done": []}
 
     def killed(*args):
@@ -78,7 +78,7 @@ def test_a_killed_training_goes_on(invoke, quick, monkeypatch, tmp_path):
     monkeypatch.setattr("mibench.artifacts.Checkpoint.due", lambda self: True)
     whole = invoke(*TRAIN, "--out", "whole", env={"MIBENCH_CACHE": str(tmp_path / "other")})
     assert whole.exit_code == 0, whole.output
-    monkeypatch.setattr("mibench.training._average", killed)
+    monkeypatch.setattr("mibench.training._Run.average_in", killed)
     first = invoke(*TRAIN, "--out", "resumed")
     assert first.exit_code == 130
     assert "the same command goes on" in first.stderr
