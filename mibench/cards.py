@@ -325,10 +325,9 @@ def _defaults_table(measured: Sequence[tuple[Card, Measurement]]) -> list[str]:
     heads = ["defense", "accuracy", *(f"{attack}: PSNR / SSIM" for attack in attacks)]
     heads += ["worst leakage (SSIM)", "client MFLOPs", "KB sent"]
     rows = []
-    for (name, seed), found in sorted(runs.items(), key=_order):
+    for (name, _), found in sorted(runs.items(), key=_order):
         first = next(iter(found.values()))
-        label = f"`{name}`" + (f", seed {seed}" if seed else "") + ("" if first.ranked else " *")
-        cells = [label, f"{100 * first.accuracy:.1f} %"]
+        cells = [f"`{name}`{_marks(first)}", f"{100 * first.accuracy:.1f} %"]
         scores = (found.get(attack) for attack in attacks)
         cells += [f"{one.psnr.value:.1f} / {one.ssim}" if one else "-" for one in scores]
         worst = _worst(found)
@@ -355,7 +354,7 @@ def _variants_table(measured: Sequence[tuple[Card, Measurement]]) -> list[str]:
         knob = card.strength.parameter if card.strength else None
         plain = {knob: _defaults(card.name)[knob]} if knob else {}
         label = f"`{card.name}` {_spelled(row.params or plain)}"
-        label += ("" if row.params else " (default)") + ("" if row.ranked else " *")
+        label += ("" if row.params else " (default)") + _marks(row)
         cells = [label, f"{100 * row.accuracy:.1f} %", f"{row.psnr.value:.1f}", str(row.ssim)]
         rows.append([*cells, "-" if row.leakage is None else str(row.leakage)])
     heads = ["defense", "accuracy", "PSNR, dB", "SSIM", "leakage (SSIM)"]
@@ -375,6 +374,11 @@ def _from_weak_to_strong(card: Card, row: Measurement) -> tuple[bool, float, str
     value = (_defaults(card.name) | row.params)[knob]
     assert isinstance(value, int | float), "checked by the tests of the cards"
     return bool(set(row.params) - {knob}), direction * value, _spelled(row.params)
+
+
+def _marks(row: Measurement) -> str:
+    """What stands behind the name of a run: a seed other than the first, and the budget's star."""
+    return (f", seed {row.seed}" if row.seed else "") + ("" if row.ranked else " *")
 
 
 def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -155,6 +155,22 @@ def test_variants_stand_in_a_table_of_their_own_from_weak_to_strong(folder, reco
     assert "`none`" not in variants
 
 
+def test_seeds_are_told_apart_in_both_tables(folder, record):
+    strong = {**record.defense.params, "leakage": 9.0}
+    varied = record.model_copy(
+        update={"defense": record.defense.model_copy(update={"params": strong})}
+    )
+    attacker = record.attack.model_copy(update={"name": "decoder"})
+    runs = [one.model_copy(update={"attack": attacker}) for one in (record, varied)]
+    collect(folder, [run.model_copy(update={"seed": seed}) for run in runs for seed in (0, 3)])
+    text = page([load_card(folder / "privdfs" / "card.yaml")])
+    section = text[text.index(f"## {record.protocol.id}\n") :].partition("\n## ")[0]
+    for table in section.split("### Strengths and variants"):
+        labels = [row.split(" | ")[0] for row in table.splitlines() if "`privdfs`" in row]
+        assert len(set(labels)) == len(labels)
+        assert any("seed 3" in label for label in labels)
+
+
 @pytest.mark.parametrize("words", ["no-such-run", "."])
 def test_what_is_no_record_is_one_line(folder, words, capsys):
     assert main([str(folder / words)], folder) == 2
