@@ -24,7 +24,7 @@ from mibench.job import Job
 from mibench.params import build
 from mibench.record import AdversaryFacts
 from mibench.registry import attacks
-from mibench.threat import Adversary, Target, mended
+from mibench.threat import Adversary, Target, broken_messages, mended
 from mibench.utility import values_sent
 
 SCREENING_IMAGES = 4096
@@ -43,7 +43,7 @@ class Assault:
 
     Attributes:
         attacker: the prepared attack.
-        adversary: who attacks, and how the servers were chosen.
+        adversary: who attacks, how the servers were chosen, and what they could not read.
         shares: the corrupted servers' shares of the attacked images.
         spec: everything that a reconstruction depends on.
         image_shape: (3, H, W).
@@ -132,9 +132,8 @@ def attack(
     # A stream of the users' own, which no attack draws from.
     users = seeding.derive(job.seed, "users", deployed.weights)
     with blaming(type(deployed.defense), "protect"):
-        received = adversary.observes(
-            lambda turn: _send(deployed, private, protocol.batch, users, turn)
-        )
+        raw = adversary.observes(lambda turn: _send(deployed, private, protocol.batch, users, turn))
+    broken, received = broken_messages(raw), mended(raw)
     return Assault(
         attacker=attacker,
         adversary=AdversaryFacts(
@@ -143,6 +142,7 @@ def attack(
             transmissions=adversary.transmissions,
             auxiliary=protocol.adversary.auxiliary,
             screening=screening,
+            broken=broken,
         ),
         shares=received,
         spec={
@@ -165,9 +165,8 @@ def _worst_adversary(
     rule, defense = job.protocol.adversary, deployed.defense
     together = min(rule.coalition, defense.servers)
     coalitions = list(itertools.combinations(range(defense.servers), together))
-    labelled = rule.auxiliary != "other"
     if len(coalitions) == 1:
-        return Adversary(rule.knowledge, coalitions[0], rule.transmissions, labelled), {}
+        return Adversary(rule.knowledge, coalitions[0], rule.transmissions), {}
     size = min(SCREENING_IMAGES, max(1, SCREENING_VALUES // values_sent(defense, roles.validation)))
     learn, judge = roles.auxiliary.take(size), roles.validation.take(size)
     seen, other_seen = (torch.cat([shrink(c) for c in one.chunks()]) for one in (learn, judge))
@@ -183,7 +182,7 @@ def _worst_adversary(
             task.advance()
     worst = min(errors, key=errors.__getitem__)
     named = {"+".join(map(str, coalition)): error for coalition, error in errors.items()}
-    return Adversary(rule.knowledge, worst, rule.transmissions, labelled), named
+    return Adversary(rule.knowledge, worst, rule.transmissions), named
 
 
 def _check_images(job: Job, roles: Roles) -> None:
@@ -210,14 +209,14 @@ def _send(deployed: Deployed, images: ImageSet, batch: int, seed: int, turn: int
                 f"are infinite or not a number for {broken} of {len(images)} images; each is read "
                 "as the mean of the others in its place"
             )
-    return mended(sent)
+    return sent
 
 
 def _averaged(job: Job, deployed: Deployed, images: ImageSet, seed: int) -> Shares:
     """The mean of all transmissions that the adversary sees: all that a linear reader can use."""
     times, batch = job.protocol.adversary.transmissions, job.protocol.batch
-    total = _send(deployed, images, batch, seed, 0)
+    total = mended(_send(deployed, images, batch, seed, 0))
     for turn in range(1, times):
-        sent = _send(deployed, images, batch, seed, turn)
+        sent = mended(_send(deployed, images, batch, seed, turn))
         total = tuple(a + b for a, b in zip(total, sent, strict=True))
     return tuple(share / times for share in total)

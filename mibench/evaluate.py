@@ -190,6 +190,12 @@ def open_record(job: Job, device: str) -> Record:
                 f"attack {one.attack} needs {method.knowledge} knowledge, but protocol "
                 f"{protocol.id} grants {granted}; choose another attack or protocol"
             )
+        if method.labels and protocol.adversary.auxiliary == "other":
+            raise InvalidParamsError(
+                f"attack {one.attack} learns from labels, but the attacker's images are of another "
+                "dataset (adversary.auxiliary is 'other') and have none of this task; choose "
+                "another attack, or auxiliary images of the protocol's own dataset"
+            )
         found[one.attack] = _component(method, one.attack, one.merged_attack_params())
     return Record(
         status="started",

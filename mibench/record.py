@@ -68,7 +68,9 @@ class AdversaryFacts(_Part):
     ``transmissions`` is how often each private image was sent, ``auxiliary`` what the attacker's
     images have to do with the training images (``training``, ``disjoint`` or ``other``).
     ``screening`` gives, for every coalition of that size, the ridge regression's mean squared error
-    on the attacker's validation images; the coalition with the least error is attacked.
+    on the attacker's validation images; the coalition with the least error is attacked. ``broken``
+    counts the attacked images whose message held values that are infinite or not a number; each
+    of those was read as the mean of the others in its place.
     """
 
     knowledge: str
@@ -76,6 +78,7 @@ class AdversaryFacts(_Part):
     transmissions: int = 1
     auxiliary: str = "disjoint"
     screening: dict[str, float]
+    broken: int = 0
 
 
 class DataFacts(_Part):

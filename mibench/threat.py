@@ -43,13 +43,11 @@ class Adversary:
         knowledge: what it knows of the client.
         corrupted: indices of the servers that it reads, ascending.
         transmissions: how often it sees each private image sent.
-        labelled: whether its own images carry labels of the servers' task.
     """
 
     knowledge: Knowledge
     corrupted: tuple[int, ...]
     transmissions: int = 1
-    labelled: bool = True
 
     def reads(self, shares: Shares) -> Shares:
         """Returns, of all servers' shares, those of the corrupted servers."""
@@ -179,6 +177,12 @@ def mended(shares: Shares) -> Shares:
     and scored like any other. The mean goes over the batch; where no value is finite it is 0.
     """
     return tuple(share if share.isfinite().all() else _filled(share) for share in shares)
+
+
+def broken_messages(shares: Shares) -> int:
+    """Counts the images of which some share holds values that are infinite or not a number."""
+    whole = [share.flatten(1).isfinite().all(1) for share in shares]
+    return sum(not all(parts) for parts in zip(*whole, strict=True))
 
 
 def _filled(share: Tensor) -> Tensor:

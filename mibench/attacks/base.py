@@ -76,6 +76,8 @@ class Attack(ABC):
     knowledge: ClassVar[Knowledge] = Knowledge.BLACK_BOX
     budget: ClassVar[tuple[str, ...]] = ()
     """Counts among the parameters that buy strength with time, by dotted name; to be doubled."""
+    labels: ClassVar[bool] = False
+    """Whether it learns from labels of the servers' task on the attacker's images."""
 
     class Params(Parameters):
         """Parameters of the attack; each field becomes a ``--set attack.<field>`` option."""

@@ -63,6 +63,7 @@ class QueryFree(Attack):
 
     knowledge = Knowledge.DATA_ONLY
     budget = ("steps", "decoder.steps", "gradient.steps")
+    labels = True
 
     class Params(Attack.Params):
         """The shadow and its training, and the attack on it."""
@@ -97,8 +98,7 @@ class QueryFree(Attack):
         """Trains the shadow, or takes it from the cache, and prepares the attack on it.
 
         Raises:
-            InvalidParamsError: the auxiliary images have no labels of the task, or a corrupted
-                server does not reply class scores.
+            InvalidParamsError: a corrupted server does not reply class scores.
         """
         shop, params = self.workshop, self.params
         servers = len(target.adversary.corrupted)
@@ -325,21 +325,13 @@ def _moments(share: Tensor) -> Moments:
 
 @torch.no_grad()
 def _check(target: Target, shares: Shares) -> None:
-    """Refuses where there is no task to learn a shadow from."""
-    instead = (
-        "take `decoder` (needs black_box knowledge) or `gradient` (needs white_box) under a "
-        "protocol that grants it"
-    )
-    if not target.adversary.labelled:
-        raise InvalidParamsError(
-            "attack query-free learns from labels, but the attacker's images are of another "
-            f"dataset (adversary.auxiliary is 'other') and have none of this task; {instead}, or "
-            "auxiliary images of the protocol's own dataset"
-        )
+    """Refuses servers whose replies tell nothing of the task."""
     outputs = target.task.outputs
     for server, reply in zip(target.adversary.corrupted, target.replies(shares), strict=True):
         if reply.shape[1:] != (outputs,):
             raise InvalidParamsError(
                 f"attack query-free learns from class scores, but server {server} replies values "
-                f"of shape {tuple(reply.shape[1:])}, not the task's {outputs} scores; {instead}"
+                f"of shape {tuple(reply.shape[1:])}, not the task's {outputs} scores; take "
+                "`decoder` (needs black_box knowledge) or `gradient` (needs white_box) under a "
+                "protocol that grants it"
             )

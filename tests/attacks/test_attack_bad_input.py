@@ -153,6 +153,7 @@ def test_a_share_that_is_not_finite_is_named_and_scored(
     )
     assert [note for note in notes if "privdfs" in note] == [said]
     assert all(share.isfinite().all() for share in assault.shares)
+    assert assault.adversary.broken == 1
     scored(assault, 4)
 
 

@@ -51,8 +51,8 @@ def labelled(images):
     return ImageSet(images.pixels, bright.to(torch.uint8))
 
 
-def against(defense, servers=(0,), transmissions=1, labels=True, identity="toy"):
-    adversary = Adversary(Knowledge.DATA_ONLY, servers, transmissions, labels)
+def against(defense, servers=(0,), transmissions=1, identity="toy"):
+    adversary = Adversary(Knowledge.DATA_ONLY, servers, transmissions)
     return Target(defense, adversary, identity)
 
 
@@ -173,13 +173,6 @@ def test_the_shadow_is_trained_once_for_each_target(workshop, pictures, monkeypa
     flipped = ImageSet(pictures(128).pixels, 1 - labelled(pictures(128)).labels)
     other.prepare(against(Telling()), flipped, labelled(pictures(16, seed=1)))
     assert made[5:] == ["shadow", "decoder"]
-
-
-def test_images_of_another_dataset_have_no_labels_to_learn_from(workshop, pictures):
-    with pytest.raises(InvalidParamsError, match="learns from labels") as caught:
-        prepared(workshop, against(Telling(), labels=False), pictures, **quick())
-    for word in ("query-free", "'other'", "`decoder`", "`gradient`"):
-        assert word in str(caught.value)
 
 
 def test_replies_that_are_no_scores_are_refused(workshop, make_defense, pictures):

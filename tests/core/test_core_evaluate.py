@@ -1,5 +1,7 @@
 """The straight way through, end to end on a few small images."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -384,6 +386,17 @@ def test_an_attack_that_needs_more_than_is_granted_is_refused_at_once():
     with pytest.raises(InvalidParamsError, match="needs white_box") as caught:
         open_record(job(attack="gradient", adversary={"knowledge": "black_box"}), "cpu")
     assert "tiny-v1" in str(caught.value)
+
+
+def test_an_attack_that_learns_from_labels_is_refused_where_there_are_none():
+    one = job(attack="query-free")
+    data = one.protocol.data.model_dump(mode="json")
+    for role in ("auxiliary", "validation"):
+        data[role]["dataset"] = "cifar100"
+    changes = {"data": data, "adversary": {"auxiliary": "other"}}
+    with pytest.raises(InvalidParamsError, match="query-free learns from labels") as caught:
+        open_record(replace(one, protocol=one.protocol.changed(changes)), "cpu")
+    assert "auxiliary images of the protocol's own dataset" in str(caught.value)
 
 
 # --- parameters ------------------------------------------------------------------------------

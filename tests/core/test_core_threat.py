@@ -146,7 +146,6 @@ def test_no_public_name_leads_to_the_defense(knowledge):
         "knowledge",
         "corrupted",
         "transmissions",
-        "labelled",
     }
 
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mibench import progress, seeding
+from mibench import seeding
 from mibench.artifacts import Checkpoint
 from mibench.attacks.base import Attack, Workshop
 from mibench.attacks.budget import images_at_once, in_groups
@@ -169,7 +169,6 @@ class Diffusion(Attack):
 
     def reconstruct(self, shares: Shares) -> Tensor:
         """One guided sample per image, or the mean of several."""
-        shares = _finite(shares)
         begun = (*shares, self._begin(shares))
         scale = torch.full((len(shares[0]),), self._scale, device=shares[0].device)
         total = self._draw_all(begun, scale)
@@ -245,15 +244,3 @@ def _tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _tuples(item) for key, item in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _finite(shares: Shares) -> Shares:
-    """Reads values that are not finite as zero, and says so."""
-    broken = torch.stack([~share.flatten(1).isfinite().all(1) for share in shares]).any(0)
-    if not broken.any():
-        return shares
-    progress.note(
-        f"{int(broken.sum())} of {len(broken)} messages hold values that are not finite; the "
-        "diffusion attack reads those as zero"
-    )
-    return tuple(share.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for share in shares)
