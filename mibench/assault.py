@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -48,6 +49,7 @@ class Assault:
         spec: everything that a reconstruction depends on.
         image_shape: (3, H, W).
         batch: images per batch.
+        seconds: that `from_true_shares` and `from_permuted_shares` took when they were made.
     """
 
     attacker: Attack
@@ -56,6 +58,7 @@ class Assault:
     spec: Mapping[str, Json]
     image_shape: tuple[int, int, int]
     batch: int
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def from_true_shares(self) -> Tensor:
         """Rebuilds the attacked images (N, 3, H, W) in [0, 1]."""
@@ -88,13 +91,16 @@ class Assault:
                 _: Checkpoint, chunk: Shares = chunk, start: int = start
             ) -> tuple[dict[str, Tensor], dict[str, Json]]:
                 draws = seeding.stream(shop.seed, "reconstruct", which, start)
+                began = time.perf_counter()
                 with draws, blaming(method, "reconstruct"):
                     images = self._checked(self.attacker.reconstruct(chunk), len(chunk[0]))
-                return {"images": images}, {}
+                return {"images": images}, {"seconds": time.perf_counter() - began}
 
             spec = {**self.spec, "shares": which, "start": start}
-            parts.append(shop.keep("reconstruction", spec, make).tensors["images"])
-        return torch.cat(parts)
+            parts.append(shop.keep("reconstruction", spec, make))
+        seconds = [float(part.facts["seconds"]) for part in parts]  # type: ignore[arg-type]
+        self.seconds[which] = sum(seconds)
+        return torch.cat([part.tensors["images"] for part in parts])
 
     def _checked(self, images: Tensor, count: int) -> Tensor:
         who, wanted = f"attack {self.attacker.name}", (count, *self.image_shape)

@@ -27,6 +27,10 @@ class DivergedError(MibenchError):
     """A training whose loss became infinite or not a number, or whose features became constant."""
 
 
+class NotApplicableError(MibenchError):
+    """An attack that does not apply to a defense; a suite goes on without it."""
+
+
 class PluginError(MibenchError):
     """A plugin file that cannot be imported, or a class that does not fulfil its contract."""
 

@@ -18,7 +18,7 @@ from mibench.data.roles import Roles, load_roles
 from mibench.data.sets import ImageSet
 from mibench.defenses.base import Defense
 from mibench.deployment import Deployed, code_of, examine, fit
-from mibench.errors import InvalidParamsError
+from mibench.errors import InvalidParamsError, NotApplicableError
 from mibench.files import Json, content_id
 from mibench.job import SUITE, UNDEFENDED, Job
 from mibench.params import build
@@ -82,9 +82,15 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
     reference = deployed if bare else fit(job.undefended(), roles, store, device)
 
     jobs = {one.attack: one for one in job.single()}
-    strikes = {
-        name: strike(one, deployed, reference, roles, store, device) for name, one in jobs.items()
-    }
+    strikes: dict[str, Strike] = {}
+    left_out: dict[str, str] = {}
+    for name, one in jobs.items():
+        try:
+            strikes[name] = strike(one, deployed, reference, roles, store, device)
+        except NotApplicableError as error:
+            if not job.suite:
+                raise
+            left_out[name] = str(error)
     model = _of_the_model(job, deployed, reference, roles)
 
     def result(opened: Record, struck: Strike, parts: Mapping[str, Result]) -> Result:
@@ -103,6 +109,7 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
             calibration=struck.calibration,
             convergence=struck.convergence,
             suite=struck.suite,
+            seconds_per_image=struck.seconds_per_image,
             attack_facts=struck.facts,
             **model.fields,
         )
@@ -119,10 +126,12 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
 
     if not job.suite:
         return result(opened, strikes[job.attack], {})
+    if not strikes:
+        raise NotApplicableError("; ".join(left_out.values()))
     parts = {
-        name: result(open_record(one, device), strikes[name], {}) for name, one in jobs.items()
+        name: result(open_record(jobs[name], device), one, {}) for name, one in strikes.items()
     }
-    return result(opened, worst_case(strikes, job, roles), parts)
+    return result(opened, worst_case(strikes, left_out, job, roles), parts)
 
 
 @dataclass(frozen=True)

@@ -158,15 +158,25 @@ class SuitePart(_Part):
 
     Attributes:
         attack: its name.
-        scores: of its reconstructions.
+        scores: of its reconstructions; empty where it does not apply to the defense.
+        reason: why it does not apply.
         share_of_worst: by metric, the share of the images for which it was the worst attack.
+        seconds_per_image: see `Record`.
         facts: what its preparation reached.
     """
 
     attack: str
-    scores: list[Score]
-    share_of_worst: dict[str, float]
-    facts: dict[str, JsonValue]
+    scores: list[Score] = []
+    reason: str | None = None
+    share_of_worst: dict[str, float] = {}
+    seconds_per_image: float | None = None
+    facts: dict[str, JsonValue] = {}
+
+    @model_validator(mode="after")
+    def _explained(self) -> SuitePart:
+        if not self.scores and self.reason is None:
+            raise ValueError("an attack of a suite without scores must give the reason")
+        return self
 
 
 class Record(_Part):
@@ -194,6 +204,8 @@ class Record(_Part):
         calibration: one entry for each attack whose PSNR was computed; empty before format 3.
         convergence: one entry for each attack; null where it was not asked for.
         suite: of a suite, what each of its attacks did alone.
+        seconds_per_image: that the reconstruction took when it was made, batched; what came before
+            it, such as the training of a decoder, is not in it. Of a suite, the sum.
     """
 
     format_version: int = FORMAT
@@ -220,6 +232,7 @@ class Record(_Part):
     calibration: list[Calibration] = []
     convergence: list[Convergence] | None = None
     suite: list[SuitePart] = []
+    seconds_per_image: float | None = None
     cost: Cost | None = None
     defense_facts: dict[str, JsonValue] = {}
     attack_facts: dict[str, JsonValue] = {}

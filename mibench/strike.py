@@ -40,6 +40,7 @@ class Strike:
         floor: of the best blind guess.
         calibration: whether the attack is as strong as it should be.
         convergence: whether twice the budget gains anything; None where that was not asked for.
+        seconds_per_image: that the reconstruction took when it was made.
         suite: what each attack did alone, where there are several.
         parts: their per-image values.
     """
@@ -55,6 +56,7 @@ class Strike:
     floor: Scores
     calibration: list[Calibration]
     convergence: list[Convergence] | None
+    seconds_per_image: float
     suite: list[SuitePart] = field(default_factory=list)
     parts: dict[str, Tensor] = field(default_factory=dict)
 
@@ -123,10 +125,13 @@ def strike(
         floor=best_guess(names, guesses, roles.validation, originals, seed),
         calibration=_calibration(job, undefended),
         convergence=convergence,
+        seconds_per_image=assault.seconds["true"] / len(rebuilt),
     )
 
 
-def worst_case(strikes: Mapping[str, Strike], job: Job, roles: Roles) -> Strike:
+def worst_case(
+    strikes: Mapping[str, Strike], left_out: Mapping[str, str], job: Job, roles: Roles
+) -> Strike:
     """Takes, for each image and metric, the most harmful of several attacks; for controls as well.
 
     A maximum over several guesses is higher than each of them, even for a blind one. So the control
@@ -134,6 +139,7 @@ def worst_case(strikes: Mapping[str, Strike], job: Job, roles: Roles) -> Strike:
 
     Args:
         strikes: by attack, on the same images.
+        left_out: attacks that do not apply to the defense, with the reason.
         job: the suite's.
         roles: the images.
     """
@@ -158,7 +164,11 @@ def worst_case(strikes: Mapping[str, Strike], job: Job, roles: Roles) -> Strike:
         floor=best_guess(tuple(job.protocol.metrics), guesses, roles.validation, originals, seed),
         calibration=[entry for one in strikes.values() for entry in one.calibration],
         convergence=[entry for entries in asked for entry in entries] if asked else None,
-        suite=[_part(name, one, chosen) for name, one in strikes.items()],
+        seconds_per_image=sum(one.seconds_per_image for one in strikes.values()),
+        suite=[
+            *(_part(name, one, chosen) for name, one in strikes.items()),
+            *(SuitePart(attack=name, reason=reason) for name, reason in left_out.items()),
+        ],
         parts={
             name: values
             for attacker, one in strikes.items()
@@ -175,7 +185,13 @@ def interval_seed(job: Job) -> int:
 def _part(name: str, one: Strike, chosen: Mapping[str, list[str]]) -> SuitePart:
     worst = {metric: names.count(name) / len(names) for metric, names in chosen.items()}
     return SuitePart.model_validate(
-        {"attack": name, "scores": one.scores.summary, "share_of_worst": worst, "facts": one.facts}
+        {
+            "attack": name,
+            "scores": one.scores.summary,
+            "share_of_worst": worst,
+            "seconds_per_image": one.seconds_per_image,
+            "facts": one.facts,
+        }
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -12,7 +12,6 @@ from mibench import seeding
 from mibench.artifacts import Checkpoint
 from mibench.attacks.base import Attack, Workshop
 from mibench.attacks.budget import images_at_once, split
-from mibench.attacks.decoder import Decoder
 from mibench.attacks.descent import Descent, Moment, Schedule, descend
 from mibench.attacks.spectrum import Spectrum
 from mibench.attacks.tuning import best_weight, mean_course
@@ -25,8 +24,6 @@ from mibench.training import autocast
 
 SPREAD = 0.02
 """Deviation of the coefficients at the start: nearly grey, yet no two starts alike."""
-EDGE = 0.02
-"""Least distance of the decoder's pixels from 0 and 1, where a sigmoid has no slope."""
 
 
 @attacks.register("gradient", knowledge="white_box", paper="He et al., ACSAC 2019")
@@ -40,22 +37,19 @@ class Gradient(Attack):
     - w is chosen for every target on the attacker's validation images, with one grid and one budget
       for all defenses. To tune once per split point and to keep that for all defenses would let a
       defense hide behind a weight that suits another law.
-    - x = sigmoid(s + S v), and Adam works on v: S gives coarse structure and brightness the longer
+    - x = sigmoid(S v), and Adam works on v: S gives coarse structure and brightness the longer
       steps, see `Spectrum`. Adam on pixels gives each of them steps of one size, and so makes noise
       first; behind a few layers with pooling nothing leads out of that noise.
     - TV is the mean absolute difference of neighbours, theirs the squared one.
     - All starts of an image descend at once and the image keeps the one with the least objective,
       which the attacker can compute.
-
-    ``start: decoder`` takes s from the decoder attack's image instead of grey, and adds ``pull``
-    times the mean of v^2 to TV: the prior is then a Gaussian around that image (ours).
     """
 
     knowledge = Knowledge.WHITE_BOX
-    budget = ("steps",)
+    budget: ClassVar[tuple[str, ...]] = ("steps",)
 
     class Params(Attack.Params):
-        """Budget of the descent, its start, and the grid of the prior's weight."""
+        """Budget of the descent, and the grid of the prior's weight."""
 
         steps: int = Field(default=300, gt=0, le=100_000, description="most steps of Adam")
         lr: float = Field(default=0.05, gt=0, le=10, description="peak learning rate on v")
@@ -64,10 +58,6 @@ class Gradient(Attack):
             description="an image whose objective falls by less than this share cools and leaves",
         )  # fmt: skip
         restarts: int = Field(default=2, gt=0, le=100, description="starting points per image")
-        start: Literal["grey", "decoder"] = Field(default="grey", description="where to begin")
-        pull: float = Field(
-            default=10.0, ge=0, description="weight of the decoder's image, relative to TV"
-        )
         weights: tuple[float, ...] = Field(
             default=(0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0, 1000.0), min_length=1,
             description="grid of w",
@@ -77,16 +67,12 @@ class Gradient(Attack):
             default="fp32",
             description="of the client, where the device has bf16; mixed: fp32 once an image cools",
         )
-        decoder: Decoder.Params = Decoder.Params()
 
     params: Params
 
     def __init__(self, params: Params, workshop: Workshop) -> None:
         super().__init__(params, workshop)
         self._target: Target | None = None
-        self._decoder: Decoder | None = None
-        if params.start == "decoder":
-            self._decoder = Decoder(params.decoder, workshop)
         self._spectrum = Spectrum(workshop.image_shape, workshop.device)
         self._weight = 0.0
         self._facts: dict[str, Json] = {}
@@ -94,10 +80,12 @@ class Gradient(Attack):
     def prepare(self, target: Target, auxiliary: ImageSet, validation: ImageSet) -> None:
         """Chooses the weight of the total variation on validation images."""
         self._target = target
-        spec = {**self.spec(), "target": target.identity, "validation": validation.identity}
-        if self._decoder is not None:
-            self._decoder.prepare(target, auxiliary, validation)
-            spec["auxiliary"] = auxiliary.identity
+        spec = {
+            **self.spec(),
+            "target": target.identity,
+            "auxiliary": auxiliary.identity,
+            "validation": validation.identity,
+        }
 
         def make(_: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Json]]:
             some = validation.take(self.params.tuning_images).images().to(self.workshop.device)
@@ -117,8 +105,6 @@ class Gradient(Attack):
 
         self._facts = self.workshop.keep("tuning", spec, make).facts
         self._weight = float(self._facts["weight"])  # type: ignore[arg-type]
-        if self._decoder is not None:
-            self._facts = {**self._facts, "decoder": self._decoder.facts()}
 
     def reconstruct(self, shares: Shares) -> Tensor:
         """Descends from every starting point and keeps the best per image."""
@@ -142,15 +128,19 @@ class Gradient(Attack):
         """
         return self._facts
 
+    def _centre(self, shares: Shares) -> Tensor:
+        """Where to begin: logits (B, 3, H, W), here of grey."""
+        return torch.zeros(len(shares[0]), *self.workshop.image_shape, device=shares[0].device)
+
+    def _prior(self, images: Tensor, v: Tensor) -> Tensor:  # noqa: ARG002
+        """What is added to the misfit (B,), for images sigmoid(centre + S v)."""
+        return total_variation(images)
+
     def _descend(self, shares: Shares, weights: Tensor, restarts: int) -> tuple[Tensor, Descent]:
         """Returns images (B, restarts, 3, H, W) in [0, 1] and the descent of all B restarts."""
         assert self._target is not None, "prepare() comes first"
         target, params, shape = self._target, self.params, self.workshop.image_shape
-        centre = torch.zeros(len(weights), *shape, device=weights.device)
-        pull = 0.0
-        if self._decoder is not None:
-            centre = self._decoder.reconstruct(shares).clamp(EDGE, 1 - EDGE).logit()
-            pull = params.pull
+        centre = self._centre(shares)
         repeated = tuple(share.repeat_interleave(restarts, 0) for share in shares)
         centre, weights = (one.repeat_interleave(restarts, 0) for one in (centre, weights))
         values = sum(share[0].numel() for share in shares)
@@ -163,8 +153,7 @@ class Gradient(Attack):
             low = params.precision == "bf16" or (params.precision == "mixed" and not moment.cooling)
             received = tuple(share[rows] for share in repeated)
             fit = misfit(target, received, images, "bf16" if low else "fp32") / values
-            prior = total_variation(images) + pull * v.square().flatten(1).mean(1)
-            return fit + weights[rows] * prior
+            return fit + weights[rows] * self._prior(images, v)
 
         schedule = Schedule(params.steps, params.lr, tolerance=params.tolerance)
         run = descend([start], objective, schedule, "Gradient attack")

@@ -21,7 +21,7 @@ from mibench.attacks.inverse import grid_side
 from mibench.data.sets import ImageSet
 from mibench.defenses.base import Defense, Shares
 from mibench.deployment import hash_tensors
-from mibench.errors import InvalidParamsError
+from mibench.errors import NotApplicableError
 from mibench.files import Json
 from mibench.protocol import Recipe
 from mibench.registry import attacks
@@ -98,7 +98,7 @@ class QueryFree(Attack):
         """Trains the shadow, or takes it from the cache, and prepares the attack on it.
 
         Raises:
-            InvalidParamsError: a corrupted server does not reply class scores.
+            NotApplicableError: a corrupted server does not reply class scores.
         """
         shop, params = self.workshop, self.params
         servers = len(target.adversary.corrupted)
@@ -329,7 +329,7 @@ def _check(target: Target, shares: Shares) -> None:
     outputs = target.task.outputs
     for server, reply in zip(target.adversary.corrupted, target.replies(shares), strict=True):
         if reply.shape[1:] != (outputs,):
-            raise InvalidParamsError(
+            raise NotApplicableError(
                 f"attack query-free learns from class scores, but server {server} replies values "
                 f"of shape {tuple(reply.shape[1:])}, not the task's {outputs} scores; take "
                 "`decoder` (needs black_box knowledge) or `gradient` (needs white_box) under a "

@@ -146,6 +146,9 @@ def _suite(record: Record) -> Iterable[str]:
     if record.suite:
         yield "For each image and metric, the worst of these attacks:"
     for part in record.suite:
+        if part.reason is not None:
+            yield f"  {part.attack}: left out, {part.reason}"
+            continue
         told = [
             f"{one.metric.upper()} {one.value:.{DIGITS.get(one.metric, 3)}f} "
             f"(worst for {100 * part.share_of_worst[one.metric]:.0f} % of the images)"

@@ -335,7 +335,7 @@ def test_noising_is_that_of_the_schedule():
 
 
 @pytest.mark.parametrize("guidance", GUIDANCE)
-@pytest.mark.parametrize("start", ["decoder", "gradient", "noise"])
+@pytest.mark.parametrize("start", ["decoder", "gradient", "gradient-warm", "noise"])
 def test_the_whole_attack_runs_and_repeats(workshop, make_target, pictures, guidance, start):
     def client(images):
         return (nn.functional.avg_pool2d(images, 2),)
@@ -347,6 +347,7 @@ def test_the_whole_attack_runs_and_repeats(workshop, make_target, pictures, guid
         prior=PriorParams(**TINY),
         decoder={"steps": 5, "batch": 8},
         gradient={"steps": 5, "restarts": 1, "tuning_images": 2},
+        gradient_warm={"steps": 5, "tuning_images": 2, "decoder": {"steps": 5, "batch": 8}},
     )
     attack = Diffusion(params, workshop)
     target = make_target(client)

@@ -369,6 +369,11 @@ def prepared(workshop, make_target, pictures, function=client, **values):
             "prior": TINY,
             "decoder": {"steps": 5, "batch": 8},
             "gradient": {"steps": 5, "restarts": 1, "tuning_images": 2},
+            "gradient_warm": {
+                "steps": 5,
+                "tuning_images": 2,
+                "decoder": {"steps": 5, "batch": 8},
+            },
         }
         | values
     )
@@ -410,7 +415,7 @@ def test_every_preset_runs(workshop, make_target, pictures, preset, monkeypatch)
 
 def test_an_attack_begins_where_it_is_told(workshop, make_target, pictures):
     shares, found = client(pictures(2, seed=2).images()), {}
-    for start in ("decoder", "gradient", "noise"):
+    for start in ("decoder", "gradient", "gradient-warm", "noise"):
         attack = prepared(workshop, make_target, pictures, start=start)
         torch.manual_seed(0)
         found[start] = attack._begin(shares)

@@ -207,29 +207,6 @@ def test_half_precision_reaches_about_the_same_image(workshop, make_defense, pic
     assert abs(errors["bf16"] - errors["fp32"]) < 1.0
 
 
-def test_from_the_decoders_image_the_descent_improves_on_it(workshop, make_target, pictures):
-    attack = made(
-        workshop, make_target(rotated), pictures, start="decoder",
-        decoder={"steps": 15, "batch": 8}, steps=100,
-    )  # fmt: skip
-    secret = pictures(6, seed=2).images()
-    shares = rotated(secret)
-    warm = attack._decoder.reconstruct(shares)
-    error = F.mse_loss(attack.reconstruct(shares), secret)
-    assert error < 0.5 * F.mse_loss(warm, secret)
-    assert "validation_mse" in attack.facts()["decoder"]
-
-
-def test_a_strong_pull_keeps_the_decoders_image(workshop, make_target, pictures):
-    attack = made(
-        workshop, make_target(rotated), pictures, start="decoder", pull=1e3, weights=(1e3,),
-        decoder={"steps": 5, "batch": 8}, steps=60,
-    )  # fmt: skip
-    shares = rotated(pictures(6, seed=2).images())
-    warm = attack._decoder.reconstruct(shares)
-    assert F.mse_loss(attack.reconstruct(shares), warm) < 1e-4
-
-
 @pytest.mark.parametrize("shape", [(3, 16, 16), (3, 15, 22), (3, 1, 5)])
 def test_coordinates_keep_the_deviation_and_favour_coarse_brightness(shape):
     torch.manual_seed(0)

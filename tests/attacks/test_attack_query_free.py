@@ -11,7 +11,7 @@ from mibench.artifacts import ArtifactStore
 from mibench.attacks.query_free import QueryFree, Shadow
 from mibench.data.sets import ImageSet
 from mibench.defenses.base import Defense
-from mibench.errors import InvalidParamsError, ThreatModelError
+from mibench.errors import NotApplicableError, ThreatModelError
 from mibench.task import Attributes
 from mibench.threat import Adversary, Knowledge, Target
 
@@ -178,7 +178,7 @@ def test_the_shadow_is_trained_once_for_each_target(workshop, pictures, monkeypa
 def test_replies_that_are_no_scores_are_refused(workshop, make_defense, pictures):
     params = {"servers": 2, "density": 0.25, "embedding": 3}
     defense = make_defense("privdfs", "map", params)
-    with pytest.raises(InvalidParamsError, match="server 1 replies values of shape") as caught:
+    with pytest.raises(NotApplicableError, match="server 1 replies values of shape") as caught:
         prepared(workshop, against(defense, (1,)), pictures, **quick())
     for word in ("(8,)", "not the task's 5 scores", "`decoder`"):
         assert word in str(caught.value)

@@ -7,7 +7,7 @@ import torch
 
 from mibench import strike
 from mibench.artifacts import ArtifactStore
-from mibench.errors import InvalidParamsError
+from mibench.errors import InvalidParamsError, NotApplicableError
 from mibench.evaluate import evaluate
 from mibench.job import SUITE, Job
 from mibench.outputs import write_result
@@ -50,8 +50,8 @@ def store(tmp_path_factory):
     return ArtifactStore(tmp_path_factory.mktemp("cache"))
 
 
-def run(store, defense="noise", attack=SUITE, params=None, converge=False, **changes):
-    what = Job(protocol(**changes), defense, attack, {}, params or {}, converge=converge)
+def run(store, defense="noise", attack=SUITE, params=None, converge=False, seed=0, **changes):
+    what = Job(protocol(**changes), defense, attack, {}, params or {}, seed, converge=converge)
     return evaluate(what, store, None, "cpu")
 
 
@@ -90,6 +90,31 @@ def test_a_suite_says_what_each_attack_did_alone(suite, store):
     for metric in ("mse", "psnr", "ssim"):
         assert sum(part.share_of_worst[metric] for part in told.values()) == pytest.approx(1)
     assert torch.equal(suite.per_image["decoder_psnr"], suite.parts["decoder"].per_image["psnr"])
+
+
+def test_a_suite_goes_on_without_an_attack_that_does_not_apply(store, monkeypatch):
+    def never(self, target, auxiliary, validation):
+        raise NotApplicableError("no way in")
+
+    monkeypatch.setattr("mibench.attacks.gradient.Gradient.prepare", never)
+    found = run(store, seed=7)
+    decoder, gradient = found.record.suite
+    assert (gradient.attack, gradient.scores, gradient.reason) == ("gradient", [], "no way in")
+    assert decoder.share_of_worst == {"mse": 1, "psnr": 1, "ssim": 1}
+    assert torch.equal(found.reconstructions, found.parts["decoder"].reconstructions)
+    assert list(found.parts) == ["decoder"]
+    with pytest.raises(NotApplicableError, match="no way in"):
+        run(store, attack="gradient", seed=7)
+    with pytest.raises(NotApplicableError, match="no way in"):
+        run(store, seed=7, attacks={"gradient": GRADIENT})
+
+
+def test_an_attack_is_timed_when_it_is_made_and_not_when_it_is_reused(suite, store):
+    again = run(store)
+    for one, other in zip(suite.record.suite, again.record.suite, strict=True):
+        assert one.seconds_per_image == other.seconds_per_image > 0
+    total = sum(one.seconds_per_image for one in suite.record.suite)
+    assert suite.record.seconds_per_image == pytest.approx(total)
 
 
 def test_the_files_of_a_suite_hold_each_attack(suite, tmp_path):

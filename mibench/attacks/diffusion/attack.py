@@ -19,6 +19,7 @@ from mibench.attacks.diffusion.misfit import DISTANCES
 from mibench.attacks.diffusion.prior import PriorParams, get_prior
 from mibench.attacks.diffusion.sampler import SamplerParams, sample
 from mibench.attacks.gradient import Gradient
+from mibench.attacks.gradient_warm import GradientWarm
 from mibench.attacks.tuning import best_weight
 from mibench.data.sets import ImageSet
 from mibench.defenses.base import Shares
@@ -58,8 +59,9 @@ class Diffusion(Attack):
     """One guided sample from an unconditional diffusion prior, from noise or from a first image.
 
     What guides is the likelihood of the received values under the defense's own law; see
-    `sampler.sample` for the kinds of guidance. ``start: decoder`` and ``start: gradient`` begin at
-    that attack's image, noised to ``strength`` of the levels (the warm start of DRAG++);
+    `sampler.sample` for the kinds of guidance. ``start: decoder``, ``gradient`` and
+    ``gradient-warm`` begin at that attack's image, noised to ``strength`` of the levels (the warm
+    start of DRAG++);
     ``start: noise`` is plain sampling. The weight of the guidance is chosen for every target on the
     attacker's validation images, with the same grid for every defense.
 
@@ -88,8 +90,8 @@ class Diffusion(Attack):
         preset: Literal["dps", "drag", "drag++", "red-diff"] | None = Field(
             default=None, description="a published method: sets what is not set beside it"
         )
-        start: Literal["decoder", "gradient", "noise"] = Field(
-            default="decoder", description="where sampling begins"
+        start: Literal["decoder", "gradient", "gradient-warm", "noise"] = Field(
+            default="decoder", description="noise, or the attack at whose image sampling begins"
         )
         distance: Literal["likelihood", "l2", "cosine"] = Field(
             default="likelihood", description="what compares messages; only the first is adaptive"
@@ -102,6 +104,7 @@ class Diffusion(Attack):
         prior: PriorParams = PriorParams()
         decoder: Decoder.Params = Decoder.Params()
         gradient: Gradient.Params = Gradient.Params()
+        gradient_warm: GradientWarm.Params = GradientWarm.Params()
 
         @model_validator(mode="before")
         @classmethod
@@ -126,6 +129,8 @@ class Diffusion(Attack):
             self._first = Decoder(params.decoder, workshop)
         elif params.start == "gradient":
             self._first = Gradient(params.gradient, workshop)
+        elif params.start == "gradient-warm":
+            self._first = GradientWarm(params.gradient_warm, workshop)
         self._target: Target | None = None
         self._prior: Prior | None = None
         self._scale = 0.0
