@@ -19,6 +19,7 @@ from pydantic import Field, JsonValue
 from mibench.errors import InvalidParamsError, MibenchError
 from mibench.evaluate import OVER_BUDGET
 from mibench.files import write_atomically
+from mibench.job import SUITE
 from mibench.params import Parameters, build, parse_yaml
 from mibench.record import Record, Score, read_record
 from mibench.registry import defenses
@@ -27,8 +28,8 @@ from mibench.threat import Knowledge
 C = TypeVar("C", bound=Parameters)
 MEASURED = "measured:"
 """First words of a card's last part, the one that is written by this module."""
-ATTACKS = ("decoder", "gradient")
-"""Attacks that a defense must have met before its worst leakage is told."""
+ATTACKS = ("decoder", "gradient", "gradient-warm")
+"""Attacks that every defense meets; before it has, its worst leakage is not told."""
 VARIANTS_MEET = "decoder"
 """The attack that every variant of a defense meets, so that a curve costs one attack per point."""
 
@@ -102,6 +103,7 @@ class Measurement(Parameters):
         floor_psnr: of the best blind guess.
         floor_ssim: of the best blind guess.
         leakage: normalised leakage in SSIM; null where the record has none.
+        seconds_per_image: that the reconstruction took, what came before it left out.
         client_flops: two for each multiply-add, of protection and fusion.
         client_parameters: of what runs on the client.
         bytes_up: sent for one image.
@@ -123,6 +125,7 @@ class Measurement(Parameters):
     floor_psnr: float
     floor_ssim: float
     leakage: Interval | None
+    seconds_per_image: float | None = None
     client_flops: int
     client_parameters: int
     bytes_up: int
@@ -220,6 +223,7 @@ def measurement(record: Record) -> Measurement:
         floor_psnr=_value(record.prior_only, "psnr"),
         floor_ssim=_value(record.prior_only, "ssim"),
         leakage=_interval_or_none(record.leakage, "leakage(ssim)"),
+        seconds_per_image=_rounded(record.seconds_per_image),
         client_flops=record.cost.client_flops,
         client_parameters=record.cost.client_parameters,
         bytes_up=record.cost.bytes_up,
@@ -270,17 +274,22 @@ def _refuse_unfit(record: Record) -> None:
 
 
 def strongest(rows: Sequence[Measurement]) -> list[Measurement]:
-    """Returns, of each run, the row of the attack whose reconstructions have the highest SSIM."""
+    """Returns, of each run, the row of the attack whose reconstructions have the highest SSIM.
+
+    Only of `ATTACKS`: a defense that has met more than others would look worse than them.
+    """
     found: dict[tuple[str, str, int], Measurement] = {}
     for row in rows:
         run = (row.protocol, _spelled(row.params), row.seed)
+        if row.attack not in ATTACKS:
+            continue
         if run not in found or row.ssim.value > found[run].ssim.value:
             found[run] = row
     return list(found.values())
 
 
 def page(cards: Sequence[Card], attack_cards: Sequence[AttackCard] = ()) -> str:
-    """Returns ``baselines/README.md``: what each card says, and two tables for each protocol."""
+    """Returns ``baselines/README.md``: what each card says, and the tables of each protocol."""
     lines = [
         "# Baselines",
         "",
@@ -304,6 +313,8 @@ def page(cards: Sequence[Card], attack_cards: Sequence[AttackCard] = ()) -> str:
     for protocol, content in sorted({(r.protocol, r.content) for c in cards for r in c.measured}):
         measured = [(c, row) for c in cards for row in c.measured if row.content == content]
         lines += ["", f"## {protocol}", "", *_defaults_table(measured)]
+        if any(row.attack not in ATTACKS for _, row in measured):
+            lines += ["", "### Attacks", "", *_attacks_table(measured)]
         if any(row.params for _, row in measured):
             lines += ["", "### Strengths and variants", "", *_variants_table(measured)]
     return "\n".join(lines) + "\n"
@@ -314,21 +325,20 @@ def _cited(paper: Paper | None) -> str:
 
 
 def _defaults_table(measured: Sequence[tuple[Card, Measurement]]) -> list[str]:
-    """The defenses with their default parameters, against every attack."""
+    """The defenses with their default parameters, against the attacks that every one meets."""
     runs: dict[tuple[str, int], dict[str, Measurement]] = {}
     for card, row in measured:
         if not row.params:
             runs.setdefault((card.name, row.seed), {})[row.attack] = row
-    attacks = sorted({attack for found in runs.values() for attack in found})
     some = measured[0][1]
     floors = sorted({f"{row.floor_psnr:.1f} dB / {row.floor_ssim:.2f}" for _, row in measured})
-    heads = ["defense", "accuracy", *(f"{attack}: PSNR / SSIM" for attack in attacks)]
+    heads = ["defense", "accuracy", *(f"{attack}: PSNR / SSIM" for attack in ATTACKS)]
     heads += ["worst leakage (SSIM)", "client MFLOPs", "KB sent"]
     rows = []
     for (name, _), found in sorted(runs.items(), key=_order):
         first = next(iter(found.values()))
         cells = [f"`{name}`{_marks(first)}", f"{100 * first.accuracy:.1f} %"]
-        scores = (found.get(attack) for attack in attacks)
+        scores = (found.get(attack) for attack in ATTACKS)
         cells += [f"{one.psnr.value:.1f} / {one.ssim}" if one else "-" for one in scores]
         worst = _worst(found)
         cells.append("" if worst is None else f"{worst:.2f}")
@@ -337,11 +347,37 @@ def _defaults_table(measured: Sequence[tuple[Card, Measurement]]) -> list[str]:
     return [
         f"Content `{some.content}`; {some.images} images attacked; floor (best blind guess,",
         f"PSNR / SSIM): {', '.join(floors)}; {100 * some.undefended_accuracy:.1f} % undefended.",
-        "Sorted by worst leakage, which is that of the strongest attack here: 0 is a blind guess,",
-        "1 the undefended split; empty where an attack has not been run. In brackets: 95 %",
+        "Sorted by worst leakage, which is that of the strongest of these attacks: 0 is a blind",
+        "guess, 1 the undefended split; empty where one has not been run. In brackets: 95 %",
         "intervals over images. A star: the client is over the protocol's budget; not ranked.",
         "",
         *_markdown(heads, rows),
+    ]
+
+
+def _attacks_table(measured: Sequence[tuple[Card, Measurement]]) -> list[str]:
+    """Every attack, against the defenses that have met them all."""
+    plain = [(card.name, row) for card, row in measured if not row.params and not row.seed]
+    met = {name: {row.attack: row for owner, row in plain if owner == name} for name, _ in plain}
+    attacks = {attack for found in met.values() for attack in found}
+    met = {name: found for name, found in met.items() if set(found) == attacks}
+    rows = []
+    for attack in sorted(attacks, key=lambda one: (one == SUITE, one)):
+        cells = [f"`{attack}`"]
+        for found in met.values():
+            row = found[attack]
+            leakage = "-" if row.leakage is None else f"{row.leakage.value:.2f}"
+            cells.append(f"{row.psnr.value:.1f} / {row.ssim.value:.2f} / {leakage}")
+        spent = [found[attack].seconds_per_image for found in met.values()]
+        known = [one for one in spent if one is not None]
+        cells.append("-" if len(known) < len(spent) else f"{min(known):.2g} to {max(known):.2g}")
+        rows.append(cells)
+    return [
+        "PSNR / SSIM / leakage (SSIM). Leakage compares with the same attack on the undefended",
+        f"split; `{SUITE}` takes the worst of all attacks for each image. Seconds are those of the",
+        "reconstruction on one CPU thread, without what was trained before it.",
+        "",
+        *_markdown(["attack", *(f"`{name}`" for name in met), "seconds per image"], rows),
     ]
 
 
@@ -394,8 +430,9 @@ def _order(run: tuple[object, dict[str, Measurement]]) -> float:
 
 
 def _worst(found: dict[str, Measurement]) -> float | None:
-    known = [row.leakage.value for row in found.values() if row.leakage is not None]
-    return max(known) if set(ATTACKS) <= set(found) and len(known) == len(found) else None
+    met = [found[attack].leakage for attack in ATTACKS if attack in found]
+    known = [leakage.value for leakage in met if leakage is not None]
+    return max(known) if len(known) == len(ATTACKS) else None
 
 
 def _spelled(params: dict[str, JsonValue]) -> str:
@@ -425,6 +462,10 @@ def _interval_or_none(scores: Sequence[Score], metric: str) -> Interval | None:
         return None
     low, high = round(score.ci_low, 6), round(score.ci_high, 6)
     return Interval(value=round(score.value, 6), low=low, high=high)
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else float(f"{seconds:.3g}")
 
 
 def _is_plain(name: str, value: JsonValue) -> bool:

@@ -155,6 +155,28 @@ def test_variants_stand_in_a_table_of_their_own_from_weak_to_strong(folder, reco
     assert "`none`" not in variants
 
 
+def test_attacks_stand_in_a_table_for_the_defenses_that_have_met_them_all(folder, record):
+    def met(defense, attack, seconds):
+        names = {"defense": defense, "attack": attack}
+        parts = {k: getattr(record, k).model_copy(update={"name": v}) for k, v in names.items()}
+        parts["defense"] = parts["defense"].model_copy(update={"params": {}})
+        return record.model_copy(update={**parts, "seconds_per_image": seconds})
+
+    attacks = ["decoder", "gradient", "gradient-warm", "suite", "linear"]
+    runs = [met("privdfs", attack, 0.25) for attack in attacks]
+    collect(folder, runs + [met("none", attack, 0.5) for attack in attacks[:-1]])
+    shutil.copytree(BASELINES / "vib", folder / "vib")
+    collect(folder, [met("vib", attack, 0.12345) for attack in attacks])
+    text = page([load_card(path) for path in sorted(folder.glob("*/card.yaml"))])
+    section = text[text.index(f"## {record.protocol.id}\n") :].partition("\n## ")[0]
+    defaults, _, table = section.partition("### Attacks")
+    rows = [row.strip("| ").split(" | ") for row in table.splitlines() if row.startswith("|")]
+    assert rows[0] == ["attack", "`privdfs`", "`vib`", "seconds per image"]
+    assert [row[0].strip("`") for row in rows[2:]] == [*attacks[:3], "linear", "suite"]
+    assert {row[-1] for row in rows[2:]} == {"0.12 to 0.25"}
+    assert "linear" not in defaults
+
+
 def test_seeds_are_told_apart_in_both_tables(folder, record):
     strong = {**record.defense.params, "leakage": 9.0}
     varied = record.model_copy(
