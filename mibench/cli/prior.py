@@ -79,7 +79,7 @@ def train(
     from mibench.data.roles import load_roles
     from mibench.files import ensure_writable
 
-    params = _params(chosen, given)
+    params = prior_params(chosen, given)
     device = choose_device(device)
     seed = chosen.seeds[0] if seed is None else seed
     folder = out or Path("runs", Path(chosen.id).name, f"prior-s{seed}")
@@ -119,7 +119,7 @@ def train(
         console.print(line, soft_wrap=True)
 
 
-def _params(protocol: Protocol, given: Json) -> PriorParams:
+def prior_params(protocol: Protocol, given: Json) -> PriorParams:
     """The protocol's prior with what the user set on top.
 
     Raises:

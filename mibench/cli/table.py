@@ -102,6 +102,8 @@ def _below(record: Record) -> Iterable[str]:
         yield from _cost(record.cost)
     if record.adversary is not None:
         yield from _adversary(record.adversary, record.cost)
+    if record.seconds_per_image is not None:
+        yield f"Reconstruction: {record.seconds_per_image:.2g} s per image, training not counted"
     if record.deviations:
         yield f"Deviations from the protocol: {'; '.join(record.deviations)}"
     elif not record.protocol.ranked:
@@ -221,6 +223,8 @@ def _adversary(adversary: AdversaryFacts, cost: Cost | None) -> Iterable[str]:
         "other": "; its own images are of another dataset",
     }.get(adversary.auxiliary, "")
     yield f"Adversary: {adversary.knowledge}, reads {reads}{repeated}{images}"
+    if adversary.broken:
+        yield f"  {adversary.broken} of the attacked images came with values that are no numbers"
     if adversary.screening:
         errors = ", ".join(f"{name}: {error:.4f}" for name, error in adversary.screening.items())
         yield (

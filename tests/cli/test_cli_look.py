@@ -30,6 +30,17 @@ def test_a_reason_is_given_once(invoke, finished, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_speed_of_the_attack_and_broken_messages_are_told(invoke, finished, tmp_path):
+    assert "s per image, training not counted" in finished.stdout
+    assert "no numbers" not in finished.stdout
+    adversary = finished.record.adversary.model_copy(update={"broken": 3})
+    record: Record = finished.record.model_copy(update={"adversary": adversary})
+    (tmp_path / "record.json").write_bytes(record.to_json())
+    text = invoke("show", tmp_path).stdout
+    assert "3 of the attacked images came with values that are no numbers" in text
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("status", "error", "said"),
     [("started", None, "has not finished"), ("error", "no images", "failed: no images")],

@@ -12,9 +12,9 @@ import pytest
 
 from mibench.artifacts import ArtifactStore
 from mibench.evaluate import Job, evaluate
-from mibench.params import build, parse_assignments
+from mibench.params import parse_assignments
 from mibench.protocol import load_protocol
-from mibench.registry import attacks, defenses
+from mibench.registry import defenses
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -185,22 +185,38 @@ def test_commands_and_options_exist(command):
     assert used <= known | {"--help"}
 
 
+def shown_file(command, kind, folder):
+    """Writes the component that a command names by file, which its page must show."""
+    for name in command.values(f"--{kind}"):
+        file, _, class_name = name.rpartition(":")
+        if file:
+            shown = [c for c in COMPONENTS if (c.page, c.name) == (command.page, class_name)]
+            assert shown, f"{command.page} does not show {class_name}"
+            assert f"`{file.removeprefix('./')}`" in (ROOT / command.page).read_text("utf-8")
+            (folder / file).write_text(shown[0].code, encoding="utf-8")
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=str)
-def test_names_and_parameters_in_commands_exist(command, tmp_path):
-    loaded = {}
-    for kind, registry in (("defense", defenses), ("attack", attacks)):
-        for name in command.values(f"--{kind}"):
-            file, _, class_name = name.rpartition(":")
-            if file:
-                shown = [c for c in COMPONENTS if (c.page, c.name) == (command.page, class_name)]
-                assert shown, f"{command.page} does not show {class_name}"
-                assert f"`{file.removeprefix('./')}`" in (ROOT / command.page).read_text("utf-8")
-                name = written(shown[0], tmp_path)
-            loaded[kind] = registry.load(name)
+def test_names_and_parameters_in_commands_exist(command, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from mibench.cli import app
+    from mibench.cli.prior import prior_params
+
+    monkeypatch.chdir(tmp_path)
+    for kind in ("defense", "attack"):
+        shown_file(command, kind, tmp_path)
+    for folder in command.values("--dataset"):
+        (tmp_path / folder).mkdir()
+    if command.words[1:2] == ("run",) and "--weights" not in command.words:
+        # The command itself says whether it would run.
+        dry = CliRunner().invoke(app, [*command.words[1:], "--dry-run"])
+        assert dry.exit_code == 0, dry.exception or dry.output
+        return
     for name in command.values("--protocol"):
-        load_protocol(name)
-    for root, values in parse_assignments(command.values("--set"), roots=tuple(loaded)).items():
-        build(loaded[root].Params, values, root)
+        given = parse_assignments(command.values("--set"), ("prior", "defense", "attack"))
+        if command.words[1:2] == ("prior",):
+            assert prior_params(load_protocol(name), given.get("prior", {}))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
