@@ -12,8 +12,9 @@ PIP := $(BIN)/python -m pip
 run: $(VENV)/.installed
 	$(BIN)/mibench run --defense privdfs --attack diffusion
 
+# One process per core; the tests of a file stay together, since they share what they have trained.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

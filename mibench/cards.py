@@ -28,7 +28,7 @@ from mibench.threat import Knowledge
 C = TypeVar("C", bound=Parameters)
 MEASURED = "measured:"
 """First words of a card's last part, the one that is written by this module."""
-ATTACKS = ("decoder", "gradient", "gradient-warm")
+ATTACKS = ("decoder", "gradient-warm")
 """Attacks that every defense meets; before it has, its worst leakage is not told."""
 VARIANTS_MEET = "decoder"
 """The attack that every variant of a defense meets, so that a curve costs one attack per point."""
@@ -271,21 +271,6 @@ def _refuse_unfit(record: Record) -> None:
         raise InvalidParamsError(f"{what} departs from its protocol: {'; '.join(departing)}")
     if record.cost is None or record.data is None:
         raise InvalidParamsError(f"{what} was recorded by an older version; run it again")
-
-
-def strongest(rows: Sequence[Measurement]) -> list[Measurement]:
-    """Returns, of each run, the row of the attack whose reconstructions have the highest SSIM.
-
-    Only of `ATTACKS`: a defense that has met more than others would look worse than them.
-    """
-    found: dict[tuple[str, str, int], Measurement] = {}
-    for row in rows:
-        run = (row.protocol, _spelled(row.params), row.seed)
-        if row.attack not in ATTACKS:
-            continue
-        if run not in found or row.ssim.value > found[run].ssim.value:
-            found[run] = row
-    return list(found.values())
 
 
 def page(cards: Sequence[Card], attack_cards: Sequence[AttackCard] = ()) -> str:
