@@ -225,8 +225,9 @@ class Protocol(Parameters):
         max_client_flops: client budget per image; above it a row is not ranked.
         batch: images per batch when attacking; random draws are made batch by batch.
         threads: CPU threads; another number changes results in the last bits.
-        references: by attack, the PSNR in dB that it must reach on the undefended split, measured
-            when the protocol was made; an attack that stays below is not calibrated.
+        references: by attack, the PSNR in dB that it must reach on the undefended split: what was
+            measured when the protocol was made, less 1 dB for other machines. An attack that stays
+            below is not calibrated. A changed protocol has none.
         minutes: minutes that parts took on a CPU, for the estimate before a run: ``defense`` and
             each attack by name, per target; ``<attack> once`` for what all its targets share.
     """
@@ -305,7 +306,8 @@ class Protocol(Parameters):
         Raises:
             InvalidParamsError: a key or value is wrong.
         """
-        return build(Protocol, merged(self.model_dump(mode="json"), values), self.id)
+        kept = self.model_dump(mode="json", exclude={"references"})
+        return build(Protocol, merged(kept, values), self.id)
 
     def on(self, data: DataRule) -> Protocol:
         """Returns this protocol with other data; it is another protocol and never ranked.
@@ -314,6 +316,7 @@ class Protocol(Parameters):
             InvalidParamsError: the data do not fit what the protocol says of the adversary.
         """
         values = self.model_dump(mode="json") | {"data": data.model_dump(mode="json")}
+        values["references"] = {}
         return build(Protocol, values, self.id)
 
 

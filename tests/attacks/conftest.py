@@ -1,5 +1,7 @@
 """Settings and makers for the attack tests."""
 
+import copy
+
 import pytest
 import torch
 from small_splits import build_split
@@ -48,12 +50,19 @@ def make_target():
 @pytest.fixture(scope="session")
 def make_defense():
     """A deployed built-in defense with random weights, on features of any layout."""
+    made = {}
 
     def make(name, features, params=None):
-        cls = defenses.load(name)
+        key = (name, features, repr(params))
         torch.manual_seed(0)
+        if key not in made:
+            made[key] = build(name, features, params or {})
+        return copy.deepcopy(made[key])
+
+    def build(name, features, params):
+        cls = defenses.load(name)
         split = build_split(features, Classification(tuple("abcde")))
-        defense = cls(split, cls.Params(**(params or {})))
+        defense = cls(split, cls.Params(**params))
         defense.train()
         with torch.no_grad():
             for seed in range(20):  # the statistics of normalisations

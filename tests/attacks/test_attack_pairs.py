@@ -5,6 +5,8 @@ import torch
 from small_splits import SPECS
 from torch.nn import functional as F
 
+from mibench.artifacts import ArtifactStore
+from mibench.attacks.base import Workshop
 from mibench.attacks.ridge import ridge_error
 from mibench.registry import attacks, defenses
 from mibench.threat import Adversary, Knowledge, Target
@@ -18,18 +20,31 @@ BUILTIN = {
 QUICK_DECODER = {"steps": 40, "batch": 16, "lr": 5e-3}
 QUICK = {
     "decoder": QUICK_DECODER,
-    "gradient": {"steps": 40, "restarts": 2, "tuning_images": 4},
+    "gradient": {"steps": 40, "restarts": 2, "tuning_images": 2, "weights": (0.1, 10.0)},
     "diffusion": {
         "tuning_images": 3,
+        "scales": (0.1, 10.0),
         "sampler": {"steps": 10, "strength": 0.3, "inner": 5},
         "prior": {"steps": 20, "batch": 8, "channels": (16, 16), "timesteps": 40},
         "decoder": QUICK_DECODER,
     },
 }
 QUICK["diffusion-mean"] = QUICK["diffusion"]
-QUICK["gradient-warm"] = {"steps": 40, "tuning_images": 4, "decoder": QUICK_DECODER}
+QUICK["gradient-warm"] = {
+    "steps": 20,
+    "tuning_images": 2,
+    "weights": (0.1, 10.0),
+    "decoder": QUICK_DECODER,
+}
 QUICK["deep-prior"] = {"steps": 10, "tuning_images": 2, "weights": (1.0,), "width": 8, "scales": 2}
 QUICK["query-free"] = {"steps": 40, "batch": 16, "decoder": QUICK_DECODER}
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """One for all: attacks on the same defense share their decoder, and all share the prior."""
+    store = ArtifactStore(tmp_path_factory.mktemp("cache"))
+    return Workshop((3, 16, 16), 0, torch.device("cpu"), store, 1)
 
 
 def prepared(workshop, target, name, pictures):
@@ -75,7 +90,9 @@ def noisy_views(make_defense, pictures):
     def make(features, transmissions):
         defense = make_defense("noise", features, {"snr_db": -6.0})
         adversary = Adversary(Knowledge.WHITE_BOX, (0,), transmissions)
-        return Target(defense, adversary, "noise"), lambda images, seed: adversary.observes(
+        return Target(
+            defense, adversary, f"noisy {features}"
+        ), lambda images, seed: adversary.observes(
             lambda turn: defense.transmit(images, 256, 10 * seed + turn)
         )
 

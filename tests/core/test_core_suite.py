@@ -147,6 +147,12 @@ def test_an_attack_below_its_reference_is_not_calibrated(store, reference, calib
     assert told.reached == pytest.approx(undefended["psnr"])
 
 
+def test_a_changed_protocol_has_no_references():
+    one = protocol(references={"decoder": 30.0})
+    assert one.changed({"recipe": {"steps": 3}}).references == {}
+    assert one.on(one.data).references == {}
+
+
 def test_references_change_no_result():
     assert protocol(references={"decoder": 30.0}).content_id == protocol().content_id
 
