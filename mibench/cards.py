@@ -234,6 +234,8 @@ def measurement(record: Record) -> Measurement:
 def collect(folder: Path, records: Sequence[Record]) -> list[Path]:
     """Puts measurements into the cards of a folder; a newer one of the same run replaces the old.
 
+    So it does with all that a card holds of the same protocol with another content.
+
     Args:
         folder: holds ``<name>/card.yaml``.
         records: of runs; those of defenses without a card are left out.
@@ -252,7 +254,13 @@ def collect(folder: Path, records: Sequence[Record]) -> list[Path]:
         own = [record for record in records if record.defense.name == card.name]
         if not own:
             continue
-        rows = {row.key: row for row in [*card.measured, *map(measurement, own)]}
+        new = list(map(measurement, own))
+        current = {row.protocol: row.content for row in new}
+        # What was measured under another content of a protocol cannot stand beside it.
+        kept = [
+            row for row in card.measured if current.get(row.protocol, row.content) == row.content
+        ]
+        rows = {row.key: row for row in [*kept, *new]}
         text = path.read_text(encoding="utf-8")
         head = text[: text.index(f"\n{MEASURED}") + 1]
         dumped = [rows[key].model_dump(mode="json") for key in sorted(rows)]
@@ -341,11 +349,12 @@ def _defaults_table(measured: Sequence[tuple[Card, Measurement]]) -> list[str]:
 
 
 def _attacks_table(measured: Sequence[tuple[Card, Measurement]]) -> list[str]:
-    """Every attack, against the defenses that have met them all."""
+    """Every attack, against the defenses that have met the most of them."""
     plain = [(card.name, row) for card, row in measured if not row.params and not row.seed]
     met = {name: {row.attack: row for owner, row in plain if owner == name} for name, _ in plain}
-    attacks = {attack for found in met.values() for attack in found}
-    met = {name: found for name, found in met.items() if set(found) == attacks}
+    most = max(map(len, met.values()))
+    met = {name: found for name, found in met.items() if len(found) == most}
+    attacks = set.intersection(*map(set, met.values()))
     rows = []
     for attack in sorted(attacks, key=lambda one: (one == SUITE, one)):
         cells = [f"`{attack}`"]
@@ -360,7 +369,7 @@ def _attacks_table(measured: Sequence[tuple[Card, Measurement]]) -> list[str]:
     return [
         "PSNR / SSIM / leakage (SSIM). Leakage compares with the same attack on the undefended",
         f"split; `{SUITE}` takes the worst of all attacks for each image. Seconds are those of the",
-        "reconstruction on one CPU thread, without what was trained before it.",
+        "reconstruction, without what was trained before it.",
         "",
         *_markdown(["attack", *(f"`{name}`" for name in met), "seconds per image"], rows),
     ]

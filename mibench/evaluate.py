@@ -25,7 +25,14 @@ from mibench.params import build
 from mibench.protocol import ROLES, Protocol
 from mibench.provenance import provenance
 from mibench.record import Component, Cost, DataFacts, ProtocolId, Record
-from mibench.registry import attacks, backbones, defenses, fingerprint
+from mibench.registry import (
+    attacks,
+    backbones,
+    defenses,
+    fingerprint,
+    lineage,
+    package_fingerprint,
+)
 from mibench.scoring import attribute_scores, utility_scores
 from mibench.strike import Strike, interval_seed, strike, worst_case
 from mibench.task import Task
@@ -205,6 +212,8 @@ def open_record(job: Job, device: str) -> Record:
                 "dataset (adversary.auxiliary is 'other') and have none of this task; choose "
                 "another attack, or auxiliary images of the protocol's own dataset"
             )
+        if job.converge:
+            one.doubled().budget()
         found[one.attack] = _component(method, one.attack, one.merged_attack_params())
     return Record(
         status="started",
@@ -253,6 +262,8 @@ def _component(cls: type, name: str, values: Mapping[str, Json]) -> Component:
     owner = next((word for base, word in kind.items() if issubclass(cls, base)), "backbone")
     params = build(cls.Params, values, f"{owner} {name}")  # type: ignore[attr-defined]
     code = fingerprint(cls)
+    if issubclass(cls, Attack):
+        code = content_id([*lineage(cls), package_fingerprint("mibench.attacks")])
     if issubclass(cls, Defense):
         held = getattr(params, "of", None)
         used = [cls] if held is None else [cls, defenses.load(held)]

@@ -70,7 +70,7 @@ class Job:
         """The parameters of this single attack that cost it time, by dotted name."""
         method = attacks.load(self.attack)
         params = build(method.Params, self.merged_attack_params(), f"attack {self.attack}")
-        return {key: attrgetter(key)(params) for key in method.budget}
+        return {key: attrgetter(key)(params) for key in method.budget(params)}
 
     def doubled(self) -> Job:
         """The same single attack with twice its budget."""

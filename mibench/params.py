@@ -369,7 +369,9 @@ def parse_assignments(
         name, equals, text = item.partition("=")
         first, *rest = name.strip().split(".")
         path = ((aliases or {}).get(first, first), *rest)
-        if not equals or len(path) < 2 or not all(_KEY.fullmatch(part) for part in path):
+        # A root that is allowed by name may hold dashes.
+        keys = path if roots is None else path[1:]
+        if not equals or len(path) < 2 or not all(_KEY.fullmatch(part) for part in keys):
             raise InvalidParamsError(f"cannot read {item!r}: {_FORM}")
         if roots is not None and path[0] not in roots:
             raise InvalidParamsError(f"cannot read {item!r}: {unknown('root', path[0], roots)}")

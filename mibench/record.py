@@ -144,13 +144,14 @@ class Convergence(_Part):
         attack: its name.
         budget: the parameters that were doubled, each with its value before and after.
         gained: by metric, how much more leaked with twice the budget, in the metric's unit.
-        converged: whether no metric gained more than `evaluate.CONVERGED` allows.
+        converged: whether no metric changed by more than `strike.CONVERGED` allows; null where none
+            of those was scored.
     """
 
     attack: str
     budget: dict[str, tuple[JsonValue, JsonValue]]
     gained: dict[str, float]
-    converged: bool
+    converged: bool | None
 
 
 class SuitePart(_Part):

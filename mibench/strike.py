@@ -21,7 +21,7 @@ from mibench.record import AdversaryFacts, Calibration, Convergence, Score, Suit
 from mibench.scoring import Scores, gained, leakage_scores, score, worst_of
 
 CONVERGED = {"psnr": 0.5, "ssim": 0.02}
-"""What twice the budget may gain at most, by metric, of an attack that has converged."""
+"""What twice the budget may change at most, by metric, of an attack that has converged."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def _calibration(job: Job, undefended: Scores) -> list[Calibration]:
     found = [score.value for score in undefended.summary if score.metric == "psnr"]
     if not found or found[0] is None:
         return []
-    reference = job.protocol.references.get(job.attack)
+    reference = job.protocol.references.get(job.built_in)
     return [
         Calibration(
             attack=job.attack,
@@ -214,11 +214,17 @@ def _calibration(job: Job, undefended: Scores) -> list[Calibration]:
     ]
 
 
+def _within(gains: dict[str, float]) -> bool | None:
+    """Whether all changes are small; None where nothing was scored that could tell."""
+    known = {name: gains[name] for name in CONVERGED if name in gains}
+    return all(abs(gains[name]) <= CONVERGED[name] for name in known) if known else None
+
+
 def _convergence(job: Job, gains: dict[str, float]) -> Convergence:
     before, after = job.budget(), job.doubled().budget()
     return Convergence(
         attack=job.attack,
         budget={key: (value, after[key]) for key, value in before.items()},
         gained=gains,
-        converged=all(gains.get(name, 0.0) <= most for name, most in CONVERGED.items()),
+        converged=_within(gains) if before else True,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ class Workshop:
             "device": self.device.type,
             "threads": self.threads,
             "training": fingerprint(Step),
+            "threat": fingerprint(Target),
             "torch": torch.__version__,
         }
         artifact = self.store.fetch(kind, {**spec, **where}, make)
@@ -74,8 +75,6 @@ class Attack(ABC):
     name: ClassVar[str]
     version: ClassVar[int]
     knowledge: ClassVar[Knowledge] = Knowledge.BLACK_BOX
-    budget: ClassVar[tuple[str, ...]] = ()
-    """Counts among the parameters that buy strength with time, by dotted name; to be doubled."""
     labels: ClassVar[bool] = False
     """Whether it learns from labels of the servers' task on the attacker's images."""
 
@@ -96,6 +95,15 @@ class Attack(ABC):
             auxiliary: the attacker's images, to learn from.
             validation: the attacker's images, to choose with; disjoint from ``auxiliary``.
         """
+
+    @classmethod
+    def budget(cls, params: Any) -> tuple[str, ...]:  # noqa: ARG003
+        """Counts among its parameters that buy strength with time, by dotted name; to be doubled.
+
+        Args:
+            params: of this class's `Params`; some decide which others are used.
+        """
+        return ()
 
     @abstractmethod
     def reconstruct(self, shares: Shares) -> Tensor:

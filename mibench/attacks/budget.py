@@ -28,10 +28,14 @@ def images_at_once(image_shape: tuple[int, ...], device: torch.device | None = N
     Args:
         image_shape: (3, H, W).
         device: where they are worked on; on a CUDA device the free memory of it decides, elsewhere
-            `VALUES` and the free memory of the system, where it is known.
+            `VALUES` and the free memory of the system, where it is known. None, for work whose
+            draws or sums depend on the groups: `VALUES` alone, since a result must not depend on
+            how much memory was free.
     """
     values = math.prod(image_shape)
-    if device is not None and device.type == "cuda":
+    if device is None:
+        return max(1, VALUES // values)
+    if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return max(1, int(SHARE * free) // (BYTES * values))
     # A system that hands out more memory than it has ends the process instead of refusing.

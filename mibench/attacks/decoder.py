@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -49,7 +49,6 @@ class Decoder(Attack):
     """
 
     knowledge = Knowledge.BLACK_BOX
-    budget = ("steps",)
 
     class Params(Attack.Params):
         """Size, objective and training of the network."""
@@ -79,6 +78,11 @@ class Decoder(Attack):
         super().__init__(params, workshop)
         self._network: InverseNetwork | None = None
         self._facts: dict[str, Json] = {}
+
+    @classmethod
+    def budget(cls, params: Any) -> tuple[str, ...]:  # noqa: ARG003
+        """The training's steps."""
+        return ("steps",)
 
     def prepare(self, target: Target, auxiliary: ImageSet, validation: ImageSet) -> None:
         """Trains the network on fresh queries, or takes it from the cache."""
@@ -130,7 +134,6 @@ class Decoder(Attack):
             "target": target.identity,
             "auxiliary": auxiliary.identity,
             "validation": validation.identity,
-            "lpips": fingerprint(LearnedPerceptualDistance) if params.perceptual else None,
         }
         artifact = shop.keep("decoder", spec, make)
         network.load_state_dict(artifact.tensors)
@@ -163,6 +166,11 @@ class Decoder(Attack):
                 distance = LearnedPerceptualDistance().per_image(guess.float(), images).mean()
             terms["perceptual"] = self.params.perceptual * distance
         return terms
+
+    def spec(self) -> dict[str, Json]:
+        """Also the perceptual distance's code, where that is part of the loss."""
+        lpips = fingerprint(LearnedPerceptualDistance) if self.params.perceptual else None
+        return {**super().spec(), "lpips": lpips}
 
     def _require_perceptual(self) -> None:
         """Loads LPIPS before anything is trained, where the objective has it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -52,7 +53,6 @@ class DeepPrior(Attack):
     """
 
     knowledge = Knowledge.WHITE_BOX
-    budget = ("steps",)
 
     class Params(Attack.Params):
         """Size of the networks, budget of the descent, and the grid of the prior's weight."""
@@ -78,6 +78,11 @@ class DeepPrior(Attack):
         self._weight = 0.0
         self._facts: dict[str, Json] = {}
 
+    @classmethod
+    def budget(cls, params: Any) -> tuple[str, ...]:  # noqa: ARG003
+        """The descent's steps."""
+        return ("steps",)
+
     def prepare(self, target: Target, auxiliary: ImageSet, validation: ImageSet) -> None:  # noqa: ARG002
         """Chooses the weight of the total variation on validation images."""
         self._target = target
@@ -87,17 +92,13 @@ class DeepPrior(Attack):
             runs: list[Descent] = []
 
             def attack(shares: Shares, weights: Tensor) -> Tensor:
-                def work(part: slice) -> Tensor:
-                    own = tuple(share[part] for share in shares)
-                    images, run = self._descend(own, weights[part])
-                    runs.append(run)
-                    return images
-
-                return split(work, len(weights), self._size())
+                images, run = self._descend(shares, weights)
+                runs.append(run)
+                return images
 
             with seeding.stream(self.workshop.seed, "deep prior tuning"):
                 shares = target.query(some)
-                facts = best_weight(some, shares, self.params.weights, attack)
+                facts = best_weight(some, shares, self.params.weights, attack, self._size())
             chosen = self.params.weights.index(float(facts["weight"]))  # type: ignore[arg-type]
             part = slice(chosen * len(some), (chosen + 1) * len(some))
             return {}, {**facts, "course": mean_course(runs, part)}

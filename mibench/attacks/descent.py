@@ -143,6 +143,8 @@ def descend(
                     break
     for end, value in zip(ended, values, strict=True):
         end[rows] = value
+    # As long for every group of images, however soon its last one left.
+    course += [final.clone()] * (math.ceil(schedule.steps / every) - len(course))
     at = [point * every for point in range(len(course))]
     return Descent(ended, final, made, torch.stack(course, 1), at)
 

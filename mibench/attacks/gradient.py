@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -46,7 +46,6 @@ class Gradient(Attack):
     """
 
     knowledge = Knowledge.WHITE_BOX
-    budget: ClassVar[tuple[str, ...]] = ("steps",)
 
     class Params(Attack.Params):
         """Budget of the descent, and the grid of the prior's weight."""
@@ -76,6 +75,11 @@ class Gradient(Attack):
         self._spectrum = Spectrum(workshop.image_shape, workshop.device)
         self._weight = 0.0
         self._facts: dict[str, Json] = {}
+
+    @classmethod
+    def budget(cls, params: Any) -> tuple[str, ...]:  # noqa: ARG003
+        """The descent's steps."""
+        return ("steps",)
 
     def prepare(self, target: Target, auxiliary: ImageSet, validation: ImageSet) -> None:
         """Chooses the weight of the total variation on validation images."""

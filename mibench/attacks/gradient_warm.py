@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from mibench.attacks.decoder import Decoder
 from mibench.attacks.gradient import Gradient
 from mibench.data.sets import ImageSet
 from mibench.defenses.base import Shares
+from mibench.files import Json
 from mibench.registry import attacks
 from mibench.threat import Knowledge, Target
 
@@ -31,7 +34,6 @@ class GradientWarm(Gradient):
     """
 
     knowledge = Knowledge.WHITE_BOX
-    budget = ("steps", "decoder.steps")
 
     class Params(Gradient.Params):
         """As those of `Gradient`, with the decoder and how far its image holds."""
@@ -48,11 +50,20 @@ class GradientWarm(Gradient):
         super().__init__(params, workshop)
         self._decoder = Decoder(params.decoder, workshop)
 
+    @classmethod
+    def budget(cls, params: Any) -> tuple[str, ...]:
+        """The descent's steps, and the decoder's."""
+        return (*super().budget(params), "decoder.steps")
+
     def prepare(self, target: Target, auxiliary: ImageSet, validation: ImageSet) -> None:
         """Trains the decoder, then chooses the weight of the prior on validation images."""
         self._decoder.prepare(target, auxiliary, validation)
         super().prepare(target, auxiliary, validation)
         self._facts = {**self._facts, "decoder": self._decoder.facts()}
+
+    def spec(self) -> dict[str, Json]:
+        """Also the decoder's."""
+        return {**super().spec(), "decoder": self._decoder.spec()}
 
     def _centre(self, shares: Shares) -> Tensor:
         return self._decoder.reconstruct(shares).clamp(EDGE, 1 - EDGE).logit()

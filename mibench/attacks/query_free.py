@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -62,7 +62,6 @@ class QueryFree(Attack):
     """
 
     knowledge = Knowledge.DATA_ONLY
-    budget = ("steps", "decoder.steps", "gradient.steps")
     labels = True
 
     class Params(Attack.Params):
@@ -93,6 +92,11 @@ class QueryFree(Attack):
         )
         self._shadow: Shadow | None = None
         self._facts: dict[str, Json] = {}
+
+    @classmethod
+    def budget(cls, params: Any) -> tuple[str, ...]:
+        """The shadow's steps, and those of the attack on it."""
+        return "steps", f"{params.then}.steps"
 
     def prepare(self, target: Target, auxiliary: ImageSet, validation: ImageSet) -> None:
         """Trains the shadow, or takes it from the cache, and prepares the attack on it.

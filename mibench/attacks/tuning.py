@@ -19,6 +19,7 @@ def best_weight(
     shares: Shares,
     candidates: Sequence[float],
     attack: Callable[[Shares, Tensor], Tensor],
+    size: int | None = None,
 ) -> dict[str, Json]:
     """Runs all candidates and returns the one with the least error.
 
@@ -28,13 +29,14 @@ def best_weight(
         candidates: weights to try.
         attack: (shares, weight per image (B,)) → images. Gets all candidates at once, or groups of
             images where memory would not hold so many, see `budget`.
+        size: most images of a group; None: as `images_at_once` says.
 
     Returns:
         ``weight`` and ``validation_mse``, the mean squared error of each candidate.
     """
     repeated = tuple(torch.cat([share] * len(candidates)) for share in shares)
     weights = torch.tensor(candidates, device=images.device).repeat_interleave(len(images))
-    size = images_at_once(images.shape[1:], images.device)
+    size = size or images_at_once(images.shape[1:], images.device)
     rebuilt = in_groups(attack, repeated, weights, size)
     rebuilt = rebuilt.view(len(candidates), *images.shape)
     errors = (rebuilt - images).square().flatten(1).mean(1).tolist()

@@ -212,7 +212,8 @@ def estimate_minutes(protocol: Protocol, defense: str, attack: str) -> float | N
     if not {"defense", *names} <= set(times):
         return None
     per_target = times["defense"] + sum(times[name] for name in names)
-    once = sum(times.get(f"{name} once", 0.0) for name in names)
+    # What several attacks of a suite learn once, such as a prior, they share.
+    once = max(times.get(f"{name} once", 0.0) for name in names)
     return per_target * (1 if defense == "none" else 2) + once
 
 
@@ -236,7 +237,9 @@ def _check_names(
     if "protocol" in given:
         chosen = chosen.changed(given.pop("protocol"))
     if attack == SUITE:
-        given["attack"] = {name: given.pop(name) for name in own if name in given}
+        by_attack = {name: given.pop(name) for name in own if name in given}
+        if by_attack:
+            given["attack"] = by_attack  # type: ignore[assignment]
     return chosen, given
 
 

@@ -174,8 +174,11 @@ def _strength(record: Record) -> Iterable[str]:
             f"{metric.upper()} {value:+.{DIGITS.get(metric, 3)}f}"
             for metric, value in gain.gained.items()
         )
-        verdict = "converged" if gain.converged else "NOT CONVERGED"
-        yield f"{gain.attack}, {verdict}: {what or 'no budget to double'}; more leakage: {gains}"
+        if not what:
+            yield f"{gain.attack}: it has no budget to double"
+            continue
+        verdict = {True: "converged", False: "NOT CONVERGED", None: "not scored"}[gain.converged]
+        yield f"{gain.attack}, {verdict}: {what}; more leakage: {gains}"
 
 
 def _percent(score: Score) -> str:

@@ -161,3 +161,11 @@ def test_nothing_is_said_of_finite_shares(make_defense, pictures, tmp_path, note
     roles = tiny_roles(pictures(16), pictures(4, seed=1), pictures(3, seed=2))
     assault_on(make_defense("none", "map"), tiny_job("decoder"), roles, tmp_path)
     assert not [note for note in notes if "not a number" in note]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_message_of_absurd_size_is_scored(make_defense, pictures, tmp_path, name):
+    roles = tiny_roles(pictures(16), pictures(4, seed=1), pictures(3, seed=2))
+    assault = assault_on(make_defense("none", "map"), tiny_job(name), roles, tmp_path)
+    assault.shares[0][1] = 1e30
+    scored(assault, 3)

@@ -95,15 +95,23 @@ def test_groups_hold_their_own_shares_and_weights():
 
 
 def test_groups_shrink_with_the_image_and_with_free_memory(monkeypatch):
+    cpu = torch.device("cpu")
     monkeypatch.setattr(budget, "free_memory", lambda: math.inf)
-    assert images_at_once((3, 32, 32)) == 1365
-    assert images_at_once((3, 224, 224)) == 27
-    assert images_at_once((3, 4096, 4096)) == 1
+    assert images_at_once((3, 32, 32), cpu) == 1365
+    assert images_at_once((3, 224, 224), cpu) == 27
+    assert images_at_once((3, 4096, 4096), cpu) == 1
     monkeypatch.setattr(budget, "free_memory", lambda: 2.0**30)
-    assert images_at_once((3, 32, 32)) == 2**29 // 2**11 // 3072
-    assert isinstance(images_at_once((3, 32, 32)), int)
+    assert images_at_once((3, 32, 32), cpu) == 2**29 // 2**11 // 3072
+    assert isinstance(images_at_once((3, 32, 32), cpu), int)
     monkeypatch.setattr(budget, "free_memory", lambda: 0.0)
-    assert images_at_once((3, 32, 32)) == 1
+    assert images_at_once((3, 32, 32), cpu) == 1
+
+
+@pytest.mark.parametrize("free", [0.0, 2.0**30, math.inf])
+def test_where_groups_change_the_result_free_memory_does_not_change_the_groups(monkeypatch, free):
+    monkeypatch.setattr(budget, "free_memory", lambda: free)
+    assert images_at_once((3, 32, 32)) == 1365
+    assert images_at_once((3, 4096, 4096)) == 1
 
 
 def test_free_memory_is_read_where_the_system_tells_it(tmp_path):

@@ -12,7 +12,7 @@ from mibench.attacks import budget
 from mibench.attacks.descent import Descent
 from mibench.attacks.gradient import Gradient, total_variation
 from mibench.attacks.spectrum import Spectrum
-from mibench.attacks.tuning import best_weight
+from mibench.attacks.tuning import best_weight, mean_course
 from mibench.errors import ThreatModelError
 from mibench.threat import Adversary, Knowledge, Target
 
@@ -324,3 +324,15 @@ def test_the_weight_is_the_one_best_for_this_target(workshop, make_target, pictu
         assert f"{facts['weight']:g}" == min(errors, key=errors.get)
         chosen[name] = facts["weight"]
     assert chosen["few"] == 1.0
+
+
+def test_groups_that_end_at_different_steps_have_one_course(workshop, make_target, pictures):
+    target = make_target(rotated)
+    runs = []
+    for tolerance in (0.9, 0.0):
+        attack = made(workshop, target, pictures, steps=200, tolerance=tolerance, weights=(1.0,))
+        shares = rotated(pictures(2, seed=2).images())
+        runs.append(attack._descend(shares, torch.ones(2), 1)[1])
+    assert runs[0].steps.max() < runs[1].steps.max()
+    assert runs[0].at == runs[1].at
+    assert len(mean_course(runs, slice(0, 4))) == len(runs[0].at)

@@ -69,7 +69,7 @@ def test_list_has_one_line_a_protocol_with_its_facts(invoke):
             lambda p: p.data.dataset == "cifar10" and p.track == "lite",
         ),
     ],
-    ids=str,
+    ids=("track", "dataset", "both"),
 )
 def test_filters_leave_what_fits(invoke, words, fits):
     listed = rows(invoke("protocols", "list", *words).stdout)

@@ -206,3 +206,24 @@ def test_a_record_of_an_older_format_is_still_read(suite, tmp_path):
     found = read_record(path)
     assert found.suite == []
     assert found.convergence is None
+
+
+@pytest.mark.parametrize(
+    ("attack", "params", "doubled"),
+    [
+        ("linear", {}, set()),
+        ("gradient-warm", {}, {"steps", "decoder.steps"}),
+        ("query-free", {"then": "gradient"}, {"steps", "gradient.steps"}),
+        ("diffusion", {"start": "noise"}, {"sampler.steps"}),
+        (
+            "diffusion",
+            {"start": "gradient-warm"},
+            {"sampler.steps", "gradient_warm.steps", "gradient_warm.decoder.steps"},
+        ),
+    ],
+)
+def test_what_is_doubled_is_what_the_attack_uses(attack, params, doubled):
+    job = Job(protocol(), "none", attack, {}, params)
+    before, after = job.budget(), job.doubled().budget()
+    assert set(before) == doubled
+    assert after == {key: 2 * value for key, value in before.items()}

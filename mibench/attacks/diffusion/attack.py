@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+import diffusers
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -75,12 +76,9 @@ class Diffusion(Attack):
     batch, here all is per image; it clamps what the client is given, which cuts the gradient where
     a weak prior leaves [0, 1], and here the gradient passes. RED-diff begins at grey, since a
     client has no pseudo-inverse.
-
-    Not-finite values in a share are read as zero.
     """
 
     knowledge = Knowledge.WHITE_BOX
-    budget = ("sampler.steps", "decoder.steps")
     samples: ClassVar[int] = 1
     """Samples whose mean is the answer."""
 
@@ -137,6 +135,17 @@ class Diffusion(Attack):
         self._facts: dict[str, Json] = {}
         self._loaded: Json = None
 
+    @classmethod
+    def budget(cls, params: Any) -> tuple[str, ...]:
+        """The noise levels, and what the first image costs."""
+        first = {
+            "decoder": ("decoder.steps",),
+            "gradient": ("gradient.steps",),
+            "gradient-warm": ("gradient_warm.steps", "gradient_warm.decoder.steps"),
+            "noise": (),
+        }
+        return ("sampler.steps", *first[params.start])
+
     def prepare(self, target: Target, auxiliary: ImageSet, validation: ImageSet) -> None:
         """Trains or loads prior and first attack, then chooses the weight on validation images."""
         self._target = target
@@ -192,8 +201,13 @@ class Diffusion(Attack):
         return self._facts
 
     def spec(self) -> dict[str, Json]:
-        """Also the hash of a loaded prior: a name or folder does not tell what it holds."""
-        return {**super().spec(), **({"prior": self._loaded} if self._loaded else {})}
+        """Also the first attack's, and the hash of a loaded prior: a name does not tell it."""
+        return {
+            **super().spec(),
+            "diffusers": diffusers.__version__,
+            "first": None if self._first is None else self._first.spec(),
+            "prior": self._loaded,
+        }
 
     def _begin(self, shares: Shares) -> Tensor:
         """Images (B, 3, H, W) to begin from."""

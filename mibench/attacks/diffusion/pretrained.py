@@ -14,7 +14,7 @@ from typing import Any
 
 import diffusers
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mibench.attacks.diffusion.denoiser import Prior
 from mibench.attacks.diffusion.latent import LatentPrior
@@ -240,9 +240,15 @@ def _sides(config: Mapping[str, Any]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def _identity(prior: nn.Module) -> str:
-    """Hash of all weights and the schedule, under which a cache may keep what follows from them."""
-    digest = hashlib.sha256()
+def _identity(prior: Prior) -> str:
+    """Hash of all weights, the schedule and all configurations: what the results follow from."""
+    configs = [
+        {key: value for key, value in part.config.items() if not key.startswith("_")}  # type: ignore[union-attr,operator]
+        for part in prior.modules()
+        if hasattr(part, "config")
+    ]
+    told = json.dumps([prior.patch, configs], sort_keys=True, default=str)
+    digest = hashlib.sha256(told.encode())
     for name, value in sorted(prior.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().contiguous().flatten().view(torch.uint8).numpy())
