@@ -142,7 +142,8 @@ def test_variants_stand_in_a_table_of_their_own_from_weak_to_strong(folder, reco
     collect(folder, runs)
     text = page([load_card(path) for path in sorted(folder.glob("*/card.yaml"))])
     section = text[text.index(f"## {record.protocol.id}\n") :].partition("\n## ")[0]
-    defaults, _, variants = section.partition("### Strengths and variants")
+    tables, _, variants = section.partition("### Strengths and variants")
+    defaults = tables.partition("### Attacks")[0]
     assert defaults.count("| `privdfs`") == 1
     rows = [row for row in variants.splitlines() if "privdfs" in row]
     labels = [row.split(" | ")[0].removesuffix(" *") for row in rows]

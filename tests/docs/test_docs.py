@@ -198,25 +198,25 @@ def shown_file(command, kind, folder):
 
 @pytest.mark.parametrize("command", COMMANDS, ids=str)
 def test_names_and_parameters_in_commands_exist(command, tmp_path, monkeypatch):
-    from typer.testing import CliRunner
-
-    from mibench.cli import app
     from mibench.cli.prior import prior_params
+    from mibench.cli.run import SMOKE, _check_names
+    from mibench.evaluate import open_record
 
     monkeypatch.chdir(tmp_path)
     for kind in ("defense", "attack"):
         shown_file(command, kind, tmp_path)
-    for folder in command.values("--dataset"):
-        (tmp_path / folder).mkdir()
-    if command.words[1:2] == ("run",) and "--weights" not in command.words:
-        # The command itself says whether it would run.
-        dry = CliRunner().invoke(app, [*command.words[1:], "--dry-run"])
-        assert dry.exit_code == 0, dry.exception or dry.output
-        return
-    for name in command.values("--protocol"):
-        given = parse_assignments(command.values("--set"), ("prior", "defense", "attack"))
-        if command.words[1:2] == ("prior",):
-            assert prior_params(load_protocol(name), given.get("prior", {}))
+    assignments, (name, *_) = command.values("--set"), [*command.values("--protocol"), SMOKE]
+    if command.words[1:2] == ("run",) and "--help" not in command.words:
+        (defense,), (attack,) = command.values("--defense"), command.values("--attack")
+        # What the command itself checks before it asks for images.
+        protocol, given = _check_names(name, defense, attack, assignments)
+        job = Job(protocol, defense, attack, given.get("defense", {}), given.get("attack", {}))
+        assert open_record(job, "cpu").status == "started"
+    elif command.words[1:2] == ("prior",):
+        given = parse_assignments(assignments, ("prior",))
+        assert prior_params(load_protocol(name), given.get("prior", {}))
+    else:
+        load_protocol(name)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
