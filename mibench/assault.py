@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from mibench import progress, seeding
 from mibench.artifacts import ArtifactStore, Checkpoint
 from mibench.attacks.base import Attack, Workshop
-from mibench.attacks.ridge import ridge_error, shrink
+from mibench.attacks.ridge import Reader, ridge_error, shrink
 from mibench.controls import permute
 from mibench.data.roles import Roles
 from mibench.data.sets import ImageSet
@@ -24,7 +25,7 @@ from mibench.files import Json
 from mibench.job import Job
 from mibench.params import build
 from mibench.record import AdversaryFacts
-from mibench.registry import attacks
+from mibench.registry import attacks, fingerprint
 from mibench.threat import Adversary, Target, broken_messages, mended
 from mibench.utility import values_sent
 
@@ -129,7 +130,7 @@ def attack(
     """
     protocol = job.protocol
     _check_images(job, roles)
-    adversary, screening = _worst_adversary(job, deployed, roles)
+    adversary, screening = _worst_adversary(job, deployed, roles, store, device)
     target = Target(deployed.defense, adversary, deployed.identity)
     method = attacks.load(job.attack)
     params = build(method.Params, job.merged_attack_params(), f"attack {job.attack}")
@@ -158,10 +159,7 @@ def attack(
         ),
         shares=received,
         spec={
-            **attacker.spec(),
-            "target": target.identity,
-            "auxiliary": roles.auxiliary.identity,
-            "validation": roles.validation.identity,
+            **attacker.spec_of(target, roles.auxiliary, roles.validation),
             "received": hash_tensors({str(at): share for at, share in enumerate(received)}),
             "batch": protocol.batch,
         },
@@ -171,30 +169,61 @@ def attack(
 
 
 def _worst_adversary(
-    job: Job, deployed: Deployed, roles: Roles
+    job: Job, deployed: Deployed, roles: Roles, store: ArtifactStore, device: str
 ) -> tuple[Adversary, dict[str, float]]:
-    """Screens all coalitions of the protocol's size by ridge regression and picks the worst."""
+    """Screens all coalitions of the protocol's size by ridge regression and picks the worst.
+
+    Every attack meets the same adversary, so the errors are kept.
+    """
     rule, defense = job.protocol.adversary, deployed.defense
     together = min(rule.coalition, defense.servers)
     coalitions = list(itertools.combinations(range(defense.servers), together))
     if len(coalitions) == 1:
         return Adversary(rule.knowledge, coalitions[0], rule.transmissions), {}
+    names = {"+".join(map(str, coalition)): coalition for coalition in coalitions}
+    spec: dict[str, Json] = {
+        "defense": deployed.identity,
+        "coalitions": list(names),
+        "transmissions": rule.transmissions,
+        "auxiliary": roles.auxiliary.identity,
+        "validation": roles.validation.identity,
+        "batch": job.protocol.batch,
+        "seed": job.seed,
+        "device": device,
+        "threads": job.protocol.threads,
+        "torch": torch.__version__,
+        "code": [fingerprint(Assault), fingerprint(Reader), fingerprint(Target)],
+    }
+
+    def make(_: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Json]]:
+        found = _screened(job, deployed, roles, coalitions)
+        return {}, {"errors": dict(zip(names, found, strict=True))}
+
+    kept = cast("Mapping[str, float]", store.fetch("screening", spec, make).facts["errors"])
+    errors = {name: kept[name] for name in names}
+    worst = names[min(errors, key=errors.__getitem__)]
+    return Adversary(rule.knowledge, worst, rule.transmissions), errors
+
+
+def _screened(
+    job: Job, deployed: Deployed, roles: Roles, coalitions: Sequence[tuple[int, ...]]
+) -> list[float]:
+    """The ridge regression's mean squared error on validation images, for each coalition."""
+    rule, defense = job.protocol.adversary, deployed.defense
     size = min(SCREENING_IMAGES, max(1, SCREENING_VALUES // values_sent(defense, roles.validation)))
     learn, judge = roles.auxiliary.take(size), roles.validation.take(size)
     seen, other_seen = (torch.cat([shrink(c) for c in one.chunks()]) for one in (learn, judge))
     sent = _averaged(job, deployed, learn, seeding.derive(job.seed, "screening"))
     other = _averaged(job, deployed, judge, seeding.derive(job.seed, "screened"))
-    errors = {}
+    errors = []
     with progress.task("Screening coalitions", total=len(coalitions)) as task:
         for coalition in coalitions:
             reader = Adversary(rule.knowledge, coalition)
-            errors[coalition] = ridge_error(
-                reader.reads(sent), seen, reader.reads(other), other_seen, job.seed
+            errors.append(
+                ridge_error(reader.reads(sent), seen, reader.reads(other), other_seen, job.seed)
             )
             task.advance()
-    worst = min(errors, key=errors.__getitem__)
-    named = {"+".join(map(str, coalition)): error for coalition, error in errors.items()}
-    return Adversary(rule.knowledge, worst, rule.transmissions), named
+    return errors
 
 
 def _check_images(job: Job, roles: Roles) -> None:

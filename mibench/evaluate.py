@@ -213,7 +213,7 @@ def open_record(job: Job, device: str) -> Record:
                 "another attack, or auxiliary images of the protocol's own dataset"
             )
         if job.converge:
-            one.doubled().budget()
+            one.doubled().budget()  # a bound that twice the budget breaks shows now, not in the end
         found[one.attack] = _component(method, one.attack, one.merged_attack_params())
     return Record(
         status="started",

@@ -315,9 +315,7 @@ class Protocol(Parameters):
         Raises:
             InvalidParamsError: the data do not fit what the protocol says of the adversary.
         """
-        values = self.model_dump(mode="json") | {"data": data.model_dump(mode="json")}
-        values["references"] = {}
-        return build(Protocol, values, self.id)
+        return self.changed({"data": data.model_dump(mode="json")})
 
 
 def is_folder(dataset: str) -> bool:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from mibench import progress
+
 # No test is timed: a busy machine proves nothing. The same examples in every CI run: what it finds
 # must be found again.
 settings.register_profile("local", deadline=None)
@@ -33,3 +35,30 @@ def narrow_decoder():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SIZES, "small", Size(16, 1))
         yield
+
+
+class Notes:
+    """A display that keeps what the user is told, and shows no bars."""
+
+    def __init__(self):
+        self.said = []
+
+    def start(self, title, total):
+        return self
+
+    def advance(self, steps=1, **figures):
+        pass
+
+    def finish(self, task):
+        pass
+
+    def note(self, text):
+        self.said.append(text)
+
+
+@pytest.fixture
+def noted():
+    """Everything that is noted while a test runs."""
+    display = Notes()
+    with progress.shown_by(display):
+        yield display.said

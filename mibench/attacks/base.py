@@ -133,6 +133,15 @@ class Attack(ABC):
             "image_shape": list(self.workshop.image_shape),
         }
 
+    def spec_of(self, target: Target, auxiliary: ImageSet, validation: ImageSet) -> dict[str, Json]:
+        """Identity of what `prepare` makes of these, for the cache."""
+        return {
+            **self.spec(),
+            "target": target.identity,
+            "auxiliary": auxiliary.identity,
+            "validation": validation.identity,
+        }
+
     def facts(self) -> dict[str, Json]:
         """What the preparation chose or reached, for the record."""
         return {}

@@ -129,12 +129,7 @@ class Decoder(Attack):
             }
             return network.state_dict(), facts
 
-        spec = {
-            **self.spec(),
-            "target": target.identity,
-            "auxiliary": auxiliary.identity,
-            "validation": validation.identity,
-        }
+        spec = self.spec_of(target, auxiliary, validation)
         artifact = shop.keep("decoder", spec, make)
         network.load_state_dict(artifact.tensors)
         self._network = network.eval()

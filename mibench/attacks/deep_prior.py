@@ -16,7 +16,7 @@ from mibench.attacks.base import Attack, Workshop
 from mibench.attacks.budget import images_at_once, split
 from mibench.attacks.descent import Descent, Moment, Schedule, descend
 from mibench.attacks.gradient import misfit, total_variation
-from mibench.attacks.tuning import best_weight, mean_course
+from mibench.attacks.tuning import best_descent
 from mibench.data.sets import ImageSet
 from mibench.defenses.base import Shares
 from mibench.files import Json
@@ -83,27 +83,18 @@ class DeepPrior(Attack):
         """The descent's steps."""
         return ("steps",)
 
-    def prepare(self, target: Target, auxiliary: ImageSet, validation: ImageSet) -> None:  # noqa: ARG002
+    def prepare(self, target: Target, auxiliary: ImageSet, validation: ImageSet) -> None:
         """Chooses the weight of the total variation on validation images."""
         self._target = target
 
         def make(_: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Json]]:
             some = validation.take(self.params.tuning_images).images().to(self.workshop.device)
-            runs: list[Descent] = []
-
-            def attack(shares: Shares, weights: Tensor) -> Tensor:
-                images, run = self._descend(shares, weights)
-                runs.append(run)
-                return images
-
             with seeding.stream(self.workshop.seed, "deep prior tuning"):
-                shares = target.query(some)
-                facts = best_weight(some, shares, self.params.weights, attack, self._size())
-            chosen = self.params.weights.index(float(facts["weight"]))  # type: ignore[arg-type]
-            part = slice(chosen * len(some), (chosen + 1) * len(some))
-            return {}, {**facts, "course": mean_course(runs, part)}
+                return {}, best_descent(
+                    some, target.query(some), self.params.weights, self._descend, self._size()
+                )
 
-        spec = {**self.spec(), "target": target.identity, "validation": validation.identity}
+        spec = self.spec_of(target, auxiliary, validation)
         self._facts = self.workshop.keep("tuning", spec, make).facts
         self._weight = float(self._facts["weight"])  # type: ignore[arg-type]
 

@@ -14,7 +14,7 @@ from mibench.attacks.base import Attack, Workshop
 from mibench.attacks.budget import images_at_once, split
 from mibench.attacks.descent import Descent, Moment, Schedule, descend
 from mibench.attacks.spectrum import Spectrum
-from mibench.attacks.tuning import best_weight, mean_course
+from mibench.attacks.tuning import best_descent
 from mibench.data.sets import ImageSet
 from mibench.defenses.base import Shares
 from mibench.files import Json
@@ -84,28 +84,17 @@ class Gradient(Attack):
     def prepare(self, target: Target, auxiliary: ImageSet, validation: ImageSet) -> None:
         """Chooses the weight of the total variation on validation images."""
         self._target = target
-        spec = {
-            **self.spec(),
-            "target": target.identity,
-            "auxiliary": auxiliary.identity,
-            "validation": validation.identity,
-        }
+        spec = self.spec_of(target, auxiliary, validation)
 
         def make(_: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Json]]:
             some = validation.take(self.params.tuning_images).images().to(self.workshop.device)
-            runs: list[Descent] = []
 
-            def attack(shares: Shares, weights: Tensor) -> Tensor:
+            def once(shares: Shares, weights: Tensor) -> tuple[Tensor, Descent]:
                 images, run = self._descend(shares, weights, 1)
-                runs.append(run)
-                return images[:, 0]
+                return images[:, 0], run
 
             with seeding.stream(self.workshop.seed, "gradient tuning"):
-                shares = target.query(some)
-                facts = best_weight(some, shares, self.params.weights, attack)
-            chosen = self.params.weights.index(float(facts["weight"]))  # type: ignore[arg-type]
-            part = slice(chosen * len(some), (chosen + 1) * len(some))
-            return {}, {**facts, "course": mean_course(runs, part)}
+                return {}, best_descent(some, target.query(some), self.params.weights, once)
 
         self._facts = self.workshop.keep("tuning", spec, make).facts
         self._weight = float(self._facts["weight"])  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from mibench.data.sets import ImageSet
 from mibench.defenses.base import Shares
 from mibench.files import Json
 from mibench.registry import attacks
-from mibench.threat import Knowledge, Target
+from mibench.threat import Target
 
 EDGE = 0.02
 """Least distance of the decoder's pixels from 0 and 1, where a sigmoid has no slope."""
@@ -32,8 +32,6 @@ class GradientWarm(Gradient):
 
     No paper that we know of publishes it; DRAG++ (arXiv 2509.11724) begins a diffusion sampler so.
     """
-
-    knowledge = Knowledge.WHITE_BOX
 
     class Params(Gradient.Params):
         """As those of `Gradient`, with the decoder and how far its image holds."""
@@ -53,7 +51,8 @@ class GradientWarm(Gradient):
     @classmethod
     def budget(cls, params: Any) -> tuple[str, ...]:
         """The descent's steps, and the decoder's."""
-        return (*super().budget(params), "decoder.steps")
+        decoder = (f"decoder.{key}" for key in Decoder.budget(params.decoder))
+        return *super().budget(params), *decoder
 
     def prepare(self, target: Target, auxiliary: ImageSet, validation: ImageSet) -> None:
         """Trains the decoder, then chooses the weight of the prior on validation images."""

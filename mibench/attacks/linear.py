@@ -19,7 +19,7 @@ from mibench.data.sets import ImageSet
 from mibench.defenses.base import Shares
 from mibench.files import Json
 from mibench.registry import attacks
-from mibench.threat import Knowledge, Target
+from mibench.threat import Knowledge, Target, mean_transmission
 
 SIDE = 64
 """Larger images are rebuilt at this size and enlarged."""
@@ -60,26 +60,21 @@ class Linear(Attack):
 
     def __init__(self, params: Params, workshop: Workshop) -> None:
         super().__init__(params, workshop)
-        self._times = 1
+        self._servers = 1
         self._reader: Reader | None = None
         self._solution: Solution | None = None
         self._facts: dict[str, Json] = {}
 
     def prepare(self, target: Target, auxiliary: ImageSet, validation: ImageSet) -> None:
         """Solves for every penalty and keeps the best, or takes the solution from the cache."""
-        shop, self._times = self.workshop, target.adversary.transmissions
+        shop, self._servers = self.workshop, len(target.adversary.corrupted)
         draws = seeding.derive(shop.seed, "linear")
 
         def make(_: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Json]]:
             with seeding.stream(shop.seed, "linear queries"):
                 return self._solve(target, auxiliary, validation, draws)
 
-        spec = {
-            **self.spec(),
-            "target": target.identity,
-            "auxiliary": auxiliary.identity,
-            "validation": validation.identity,
-        }
+        spec = self.spec_of(target, auxiliary, validation)
         kept = shop.keep("linear", spec, make)
         found = {name: tensor.to(shop.device) for name, tensor in kept.tensors.items()}
         self._reader = Reader(found.pop("mean"), found.pop("std"), draws)
@@ -96,7 +91,7 @@ class Linear(Attack):
     def reconstruct(self, shares: Shares) -> Tensor:
         """One multiplication per image."""
         assert self._reader is not None, "prepare() comes first"
-        read = self._averaged(shares)
+        read = mean_transmission(shares, self._servers)
         size = max(1, HELD // _length(read))
         parts = [
             self._images(self._reader(tuple(share[start : start + size] for share in read)))
@@ -113,7 +108,8 @@ class Linear(Attack):
         self, target: Target, auxiliary: ImageSet, validation: ImageSet, draws: int
     ) -> tuple[dict[str, Tensor], dict[str, Json]]:
         shop = self.workshop
-        example = self._averaged(target.query(auxiliary.take(1).images().to(shop.device)))
+        one = target.query(auxiliary.take(1).images().to(shop.device))
+        example = mean_transmission(one, self._servers)
         affordable = max(1, READ // _length(example))
         learn = auxiliary.take(min(self.params.images, affordable))
         judge = validation.take(min(JUDGES, affordable))
@@ -156,21 +152,14 @@ class Linear(Attack):
         waiting: list[tuple[Shares, Tensor]] = []
         for some in images.chunks(few):
             there = some.to(self.workshop.device)
-            waiting.append((self._averaged(target.query(there)), there))
-            values = there.numel() + sum(share.numel() for share in waiting[-1][0])
+            sent = mean_transmission(target.query(there), self._servers)
+            waiting.append((sent, there))
+            values = there.numel() + sum(share.numel() for share in sent)
             if values * (len(waiting) + 1) > HELD:
                 yield _joined(waiting)
                 waiting = []
         if waiting:
             yield _joined(waiting)
-
-    def _averaged(self, shares: Shares) -> Shares:
-        """The mean of all transmissions."""
-        each = len(shares) // self._times
-        return tuple(
-            torch.stack(shares[server::each]).mean(0) if self._times > 1 else shares[server]
-            for server in range(each)
-        )
 
     def _images(self, inputs: Tensor) -> Tensor:
         """Inputs of the regression (B, n) → images (B, 3, H, W)."""

@@ -25,12 +25,15 @@ from mibench.errors import NotApplicableError
 from mibench.files import Json
 from mibench.protocol import Recipe
 from mibench.registry import attacks
-from mibench.threat import Adversary, Knowledge, Target
+from mibench.threat import Adversary, Knowledge, Target, mean_transmission
 from mibench.training import Losses, Step, augment, optimise, shuffled_batch
 
 VECTOR_SIDE = 4
 """Side of the map from which the shadow computes a share that is no map and no tokens; its trunk
 ends no coarser."""
+
+SECOND: dict[str, type[Attack]] = {"decoder": Decoder, "gradient": Gradient}
+"""Attacks that can be run on the shadow, by the name of the parameter that holds theirs."""
 
 STATISTICS = 1024
 """Auxiliary images on which the shadow's shares are measured."""
@@ -85,18 +88,15 @@ class QueryFree(Attack):
 
     def __init__(self, params: Params, workshop: Workshop) -> None:
         super().__init__(params, workshop)
-        self._attack: Attack = (
-            Decoder(params.decoder, workshop)
-            if params.then == "decoder"
-            else Gradient(params.gradient, workshop)
-        )
+        self._attack = SECOND[params.then](getattr(params, params.then), workshop)
         self._shadow: Shadow | None = None
         self._facts: dict[str, Json] = {}
 
     @classmethod
     def budget(cls, params: Any) -> tuple[str, ...]:
         """The shadow's steps, and those of the attack on it."""
-        return "steps", f"{params.then}.steps"
+        second = SECOND[params.then].budget(getattr(params, params.then))
+        return "steps", *(f"{params.then}.{key}" for key in second)
 
     def prepare(self, target: Target, auxiliary: ImageSet, validation: ImageSet) -> None:
         """Trains the shadow, or takes it from the cache, and prepares the attack on it.
@@ -137,12 +137,9 @@ class QueryFree(Attack):
             return shadow.state_dict(), facts
 
         spec = {
-            **self.spec(),
+            **self.spec_of(target, auxiliary, validation),
             # What follows the shadow does not change it.
             "params": params.model_dump(mode="json", include={"steps", "batch", "lr", "width"}),
-            "target": target.identity,
-            "auxiliary": auxiliary.identity,
-            "validation": validation.identity,
         }
         artifact = shop.keep("shadow", spec, make)
         shadow.load_state_dict(artifact.tensors)
@@ -161,9 +158,7 @@ class QueryFree(Attack):
     def reconstruct(self, shares: Shares) -> Tensor:
         """Runs the attack as if the shadow had sent the mean of the transmissions."""
         assert self._shadow is not None, "prepare() comes first"
-        servers = self._shadow.servers
-        repeats = [shares[server::servers] for server in range(servers)]
-        mean = tuple(torch.stack(turns).mean(0) for turns in repeats)
+        mean = mean_transmission(shares, self._shadow.servers)
         return self._attack.reconstruct(self._shadow.matched(mean))
 
     def facts(self) -> dict[str, Json]:

@@ -52,6 +52,37 @@ def best_weight(
     }
 
 
+def best_descent(
+    images: Tensor,
+    shares: Shares,
+    candidates: Sequence[float],
+    descend: Callable[[Shares, Tensor], tuple[Tensor, Descent]],
+    size: int | None = None,
+) -> dict[str, Json]:
+    """Chooses as `best_weight` does, and tells how the descents under the chosen weight went.
+
+    Args:
+        images: as of `best_weight`, and so are the next two.
+        shares: what the client sends for them.
+        candidates: weights to try.
+        descend: (shares, weight per image (B,)) → images, and the descent that led there.
+        size: most images of a group; None: as `images_at_once` says.
+
+    Returns:
+        The facts of `best_weight`, and ``course``: see `mean_course`.
+    """
+    runs: list[Descent] = []
+
+    def attack(shares: Shares, weights: Tensor) -> Tensor:
+        found, run = descend(shares, weights)
+        runs.append(run)
+        return found
+
+    facts = best_weight(images, shares, candidates, attack, size)
+    first = candidates.index(float(facts["weight"])) * len(images)  # type: ignore[arg-type]
+    return {**facts, "course": mean_course(runs, slice(first, first + len(images)))}
+
+
 def mean_course(runs: Sequence[Descent], part: slice) -> list[Json]:
     """Returns [step, mean objective] along the descent of some images, for the record.
 

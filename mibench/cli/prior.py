@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mibench.cli import options
+
 if TYPE_CHECKING:
     from mibench.attacks.diffusion.prior import PriorParams
     from mibench.files import Json
@@ -34,19 +36,9 @@ def train(
             help="Another value than the protocol's, such as prior.steps=50; repeatable.",
         ),
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="Seed (default: the protocol's first).")
-    ] = None,
-    device: Annotated[
-        str, typer.Option(help="auto (CUDA where there is one, else the CPU), cpu, cuda, mps, ...")
-    ] = "auto",
-    data_root: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="MIBENCH_DATA",
-            help="Folder with <dataset>/<split>-*.parquet (default: the Hugging Face hub).",
-        ),
-    ] = None,
+    seed: options.Seed = None,
+    device: options.Device = "auto",
+    data_root: options.DataRoot = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder of the files (default: runs/<protocol>/prior-s<seed>)."),

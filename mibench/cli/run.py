@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mibench.cli import options
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -20,7 +22,6 @@ ATTACKERS_IMAGES = {
     "disjoint": "has other images of the same kind",
     "other": "has images of another dataset",
 }
-SUITE = "suite"
 SMOKE = "procedural-smoke-v1"
 RANKED = "cifar10-lite-v1"
 
@@ -65,19 +66,9 @@ def run(
             "proportion instead of refusing. Never ranked.",
         ),
     ] = False,
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="Seed (default: the protocol's first).")
-    ] = None,
-    device: Annotated[
-        str, typer.Option(help="auto (CUDA where there is one, else the CPU), cpu, cuda, mps, ...")
-    ] = "auto",
-    data_root: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="MIBENCH_DATA",
-            help="Folder with <dataset>/<split>-*.parquet (default: the Hugging Face hub).",
-        ),
-    ] = None,
+    seed: options.Seed = None,
+    device: options.Device = "auto",
+    data_root: options.DataRoot = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -207,6 +198,8 @@ def estimate_minutes(protocol: Protocol, defense: str, attack: str) -> float | N
     All but what an attack learns once for all targets counts twice for a defended run: the
     undefended reference is trained and attacked too.
     """
+    from mibench.job import SUITE
+
     times = protocol.minutes
     names = list(protocol.attacks) if attack == SUITE else [attack]
     if not {"defense", *names} <= set(times):
@@ -221,6 +214,7 @@ def _check_names(
     protocol: str, defense: str, attack: str, assignments: list[str]
 ) -> tuple[Protocol, dict[str, dict[str, Json]]]:
     """Everything that can be checked without PyTorch, so that a typing error shows at once."""
+    from mibench.job import SUITE
     from mibench.params import parse_assignments
     from mibench.protocol import load_protocol
     from mibench.registry import attacks, defenses

@@ -4,7 +4,6 @@ import pytest
 import torch
 from tiny_attacks import NAMES, assault_on, tiny_job, tiny_roles
 
-from mibench import progress
 from mibench.assault import LEAST_IMAGES
 from mibench.errors import DataError, InvalidParamsError
 from mibench.evaluate import open_record
@@ -18,32 +17,6 @@ WEAKER = [
     if not granted.grants(attacks.load(name).knowledge)
 ]
 BREAKS = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
-
-
-class Notes:
-    """Keeps what the user is told, and shows no bars."""
-
-    def __init__(self):
-        self.said = []
-
-    def start(self, title, total):
-        return self
-
-    def advance(self, steps=1, **figures):
-        pass
-
-    def finish(self, task):
-        pass
-
-    def note(self, text):
-        self.said.append(text)
-
-
-@pytest.fixture
-def notes():
-    display = Notes()
-    with progress.shown_by(display):
-        yield display.said
 
 
 @pytest.mark.parametrize(("name", "granted"), WEAKER)
@@ -130,7 +103,7 @@ def test_a_share_that_is_constant_for_one_image_is_scored(make_defense, pictures
 @pytest.mark.parametrize("broken", BREAKS)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_share_that_is_not_finite_is_named_and_scored(
-    make_defense, pictures, tmp_path, monkeypatch, notes, name, broken
+    make_defense, pictures, tmp_path, monkeypatch, noted, name, broken
 ):
     defense = make_defense("privdfs", "map", {"servers": 2, "density": 0.25})
     auxiliary, secret = pictures(32), pictures(4, seed=2)
@@ -151,16 +124,16 @@ def test_a_share_that_is_not_finite_is_named_and_scored(
         "defense privdfs: the share of server 1 holds values that are infinite or not a number "
         "for 1 of 4 images; each is read as the mean of the others in its place"
     )
-    assert [note for note in notes if "privdfs" in note] == [said]
+    assert [note for note in noted if "privdfs" in note] == [said]
     assert all(share.isfinite().all() for share in assault.shares)
     assert assault.adversary.broken == 1
     scored(assault, 4)
 
 
-def test_nothing_is_said_of_finite_shares(make_defense, pictures, tmp_path, notes):
+def test_nothing_is_said_of_finite_shares(make_defense, pictures, tmp_path, noted):
     roles = tiny_roles(pictures(16), pictures(4, seed=1), pictures(3, seed=2))
     assault_on(make_defense("none", "map"), tiny_job("decoder"), roles, tmp_path)
-    assert not [note for note in notes if "not a number" in note]
+    assert not [note for note in noted if "not a number" in note]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -531,6 +531,6 @@ def test_screening_hears_every_transmission(tmp_path, monkeypatch):
     for times in (1, 256):
         what = job(name, adversary={"coalition": 1, "transmissions": times})
         roles = load_roles(what.protocol.data, None, store.root)
-        adversary, _ = _worst_adversary(what, fit(what, roles, store, "cpu"), roles)
+        adversary, _ = _worst_adversary(what, fit(what, roles, store, "cpu"), roles, store, "cpu")
         chosen.append(adversary.corrupted)
     assert chosen == [(0,), (1,)]

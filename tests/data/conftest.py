@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mibench import progress
-
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
@@ -36,29 +34,3 @@ def draw():
 @pytest.fixture
 def png():
     return encode
-
-
-class Notes:
-    """A display that keeps what it is told."""
-
-    def __init__(self):
-        self.kept = []
-
-    def start(self, title, total):
-        return self
-
-    def advance(self, steps=1, **figures):
-        pass
-
-    def finish(self, task):
-        pass
-
-    def note(self, text):
-        self.kept.append(text)
-
-
-@pytest.fixture
-def shown():
-    notes = Notes()
-    with progress.shown_by(notes):
-        yield notes.kept

@@ -179,13 +179,13 @@ def test_touched_files_are_not_decoded_again(root, fill, tmp_path):
     assert len(list((tmp_path / "cache" / "images").iterdir())) == 1
 
 
-def test_links_that_lead_nowhere_are_unreadable_images(root, fill, shown):
+def test_links_that_lead_nowhere_are_unreadable_images(root, fill, noted):
     fill(root / "a", range(150))
     fill(root / "b", range(150, 300))
     (root / "a" / "gone.png").symlink_to(root / "nothing.png")
     assert len(opened(root).load("train", 0, 301)) == 300
-    assert len(shown) == 1
-    assert "1 unreadable images (a/gone.png)" in shown[0]
+    assert len(noted) == 1
+    assert "1 unreadable images (a/gone.png)" in noted[0]
     for name in ("lost.png", "missing.png", "away.png"):
         (root / "b" / name).symlink_to(root / "nothing.png")
     refused(root, "4 of 304", "a/gone.png", "b/lost.png")
@@ -219,7 +219,7 @@ def test_a_path_that_cannot_be(path, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_passed_over_is_told(root, fill, draw, png, shown, tmp_path):
+def test_what_is_passed_over_is_told(root, fill, draw, png, noted, tmp_path):
     for split in ("train", "test"):
         for name in "ab":
             fill(root / split / name, range(3))
@@ -234,9 +234,9 @@ def test_what_is_passed_over_is_told(root, fill, draw, png, shown, tmp_path):
     found = opened(root)
     assert found.size("train") == 7
     for _ in range(2):  # decoded, and from the cache
-        shown_before = len(shown)
+        shown_before = len(noted)
         opened(root).load("train", 0, 7)
-        notes = shown[shown_before:]
+        notes = noted[shown_before:]
         assert len(notes) == 3
         assert "2 class folders hold no images (train/none, test/lost)" in notes[0]
         assert "2 links to folders" in notes[1]
@@ -244,22 +244,22 @@ def test_what_is_passed_over_is_told(root, fill, draw, png, shown, tmp_path):
         assert "of 1 animated images, the first frame is used" in notes[2]
 
 
-def test_a_linked_class_folder_is_read(root, fill, draw, shown, tmp_path):
+def test_a_linked_class_folder_is_read(root, fill, draw, noted, tmp_path):
     fill(root / "a", [0])
     fill(tmp_path / "elsewhere", [7])
     (root / "b").symlink_to(tmp_path / "elsewhere")
     assert_holds(opened(root).load("train", 0, 2), [0, 7], [0, 1], draw)
-    assert not shown
+    assert not noted
 
 
-def test_a_parquet_file_beside_class_folders_is_ignored(root, fill, parquet, draw, shown):
+def test_a_parquet_file_beside_class_folders_is_ignored(root, fill, parquet, draw, noted):
     fill(root / "a", [0])
     fill(root / "b", [1])
     parquet(root / "meta.parquet", [5, 6], label=[0, 1])
     assert_holds(opened(root).load("train", 0, 2), [0, 1], [0, 1], draw)
-    assert len(shown) == 1
-    assert "1 parquet files are ignored" in shown[0]
-    assert "meta.parquet" in shown[0]
+    assert len(noted) == 1
+    assert "1 parquet files are ignored" in noted[0]
+    assert "meta.parquet" in noted[0]
 
 
 def test_a_parquet_file_that_does_not_fit_is_named(root, fill, parquet):
@@ -275,7 +275,7 @@ def test_one_split_without_another(root, fill, split):
     refused(root, f"'{split}' only", "second split", "test/", "class folders")
 
 
-def test_a_few_unreadable_images_are_left_out_and_named(root, fill, draw, shown):
+def test_a_few_unreadable_images_are_left_out_and_named(root, fill, draw, noted):
     fill(root / "a", range(150))
     fill(root / "b", range(150, 300))
     (root / "a" / "0007.png").write_bytes(b"")
@@ -285,9 +285,9 @@ def test_a_few_unreadable_images_are_left_out_and_named(root, fill, draw, shown)
     numbers = [n for n in range(300) if n not in (7, 200)]
     assert_holds(images, numbers, [int(n >= 150) for n in numbers], draw)
     assert len(found.load("train", 0, 300)) == 298
-    assert len(shown) == 1
+    assert len(noted) == 1
     for word in ("2 unreadable", "a/0007.png", "b/0200.png"):
-        assert word in shown[0]
+        assert word in noted[0]
 
 
 def test_many_unreadable_images_are_refused(root, fill):

@@ -63,7 +63,7 @@ def numbers(images):
     return [int(p[0, 0, 0]) * 256 + int(p[2, 7, 7]) for p in images.raw()]
 
 
-def test_a_few_copies_are_left_out_of_the_other_role(cut, shown):
+def test_a_few_copies_are_left_out_of_the_other_role(cut, noted):
     # As in CIFAR-100: ten of the test images are training images, pixel for pixel.
     copies = {100 + 100 * k: 5000 + 7 * k for k in range(10)}
     places = {"train": 0, "auxiliary": 2000, "validation": 4000, "private": 5000}
@@ -76,7 +76,7 @@ def test_a_few_copies_are_left_out_of_the_other_role(cut, shown):
     assert numbers(roles.train) == [n for n in range(2000) if n not in copies]
     assert roles.train.labels.tolist() == [n % 2 for n in range(2000) if n not in copies]
     assert len(roles.private) == len(roles.auxiliary) == 2000
-    assert shown == ["left out of train: 10 images that another role holds as well"]
+    assert noted == ["left out of train: 10 images that another role holds as well"]
 
 
 def test_more_copies_are_refused(cut):

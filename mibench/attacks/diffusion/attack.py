@@ -47,6 +47,13 @@ DRAG: Mapping[str, Any] = {
 }  # fmt: skip
 """DRAG (arXiv 2509.11724) with a prior of pixels, as in its published code; see `Diffusion`."""
 
+FIRST: Mapping[str, type[Attack]] = {
+    "decoder": Decoder,
+    "gradient": Gradient,
+    "gradient-warm": GradientWarm,
+}
+"""Attacks at whose image sampling may begin."""
+
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "dps": {"start": "noise", "sampler": {"steps": 100, "guidance": "dps"}},
     "drag": DRAG,
@@ -122,13 +129,10 @@ class Diffusion(Attack):
 
     def __init__(self, params: Params, workshop: Workshop) -> None:
         super().__init__(params, workshop)
-        self._first: Decoder | Gradient | None = None
-        if params.start == "decoder":
-            self._first = Decoder(params.decoder, workshop)
-        elif params.start == "gradient":
-            self._first = Gradient(params.gradient, workshop)
-        elif params.start == "gradient-warm":
-            self._first = GradientWarm(params.gradient_warm, workshop)
+        self._first: Attack | None = None
+        if params.start != "noise":
+            held = _held(params.start)
+            self._first = FIRST[params.start](getattr(params, held), workshop)
         self._target: Target | None = None
         self._prior: Prior | None = None
         self._scale = 0.0
@@ -138,13 +142,11 @@ class Diffusion(Attack):
     @classmethod
     def budget(cls, params: Any) -> tuple[str, ...]:
         """The noise levels, and what the first image costs."""
-        first = {
-            "decoder": ("decoder.steps",),
-            "gradient": ("gradient.steps",),
-            "gradient-warm": ("gradient_warm.steps", "gradient_warm.decoder.steps"),
-            "noise": (),
-        }
-        return ("sampler.steps", *first[params.start])
+        if params.start == "noise":
+            return ("sampler.steps",)
+        held = _held(params.start)
+        first = FIRST[params.start].budget(getattr(params, held))
+        return "sampler.steps", *(f"{held}.{key}" for key in first)
 
     def prepare(self, target: Target, auxiliary: ImageSet, validation: ImageSet) -> None:
         """Trains or loads prior and first attack, then chooses the weight on validation images."""
@@ -167,13 +169,10 @@ class Diffusion(Attack):
         chosen: Mapping[str, Json] = {"weight": candidates[0]}
         if len(candidates) > 1:
             spec = {
-                **self.spec(),
+                **self.spec_of(target, auxiliary, validation),
                 # What follows does not depend on the number of samples.
                 "attack": Diffusion.name,
                 "code": [*lineage(Diffusion), package_fingerprint("mibench.attacks")],
-                "target": target.identity,
-                "auxiliary": auxiliary.identity,
-                "validation": validation.identity,
             }
             chosen = self.workshop.keep("tuning", spec, make).facts
         self._scale = float(chosen["weight"])  # type: ignore[arg-type]
@@ -256,6 +255,11 @@ def unconditional(prior: Prior, workshop: Workshop, how: SamplerParams, count: i
     size = images_at_once(prior.working_shape(workshop.image_shape))
     with torch.no_grad():
         return in_groups(draw, (), torch.zeros(count, device=workshop.device), size)
+
+
+def _held(start: str) -> str:
+    """Name of the parameter that holds those of a first attack."""
+    return start.replace("-", "_")
 
 
 def _tuples(value: Any) -> Any:
