@@ -125,6 +125,11 @@ class Checkpoint:
         write_atomically(self._file, _CHECKPOINT_MAGIC + _digest(body).encode() + b"\n" + body)
         self._last = time.monotonic()
 
+    @property
+    def begun(self) -> bool:
+        """Whether an earlier process has left a state to go on from."""
+        return self._folder.exists()
+
     def part(self, name: str) -> "Checkpoint":
         """The checkpoint of one part of a training that has several."""
         return Checkpoint(self._folder / name, self._interval)

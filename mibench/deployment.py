@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -33,6 +34,8 @@ from mibench.training import Step
 
 EXAMINED = 1024
 """Validation images on which a defense reports facts of itself, at most."""
+TRAINING_SECONDS = "training_seconds"
+"""Name of the fact that says how long a training took."""
 CONSTANT = 1e-6
 """Deviation between the messages of two images below which they are the same message."""
 
@@ -85,11 +88,14 @@ def fit(job: Job, roles: Roles, store: ArtifactStore, device: str) -> Deployed:
 
     def make(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], Facts]:
         seed = seeding.derive(job.seed, "fit")
+        resumed, began = checkpoint.begun, time.perf_counter()
         with blaming(method, "fit"):
             learner.to(device)
             facts = learner.fit(roles.train, job.protocol.recipe, seed, checkpoint)
             canonical_json(facts)
-        return learner.state_dict(), facts
+        # Of a training that was interrupted, nobody has measured the whole.
+        seconds = None if resumed else round(time.perf_counter() - began, 1)
+        return learner.state_dict(), {**facts, TRAINING_SECONDS: seconds}
 
     made_of = _made_of(learner, job)
     initial = hash_tensors(learner.state_dict())

@@ -14,8 +14,18 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, model_va
 from mibench.errors import RecordError
 from mibench.files import content_id, pretty_json
 
-FORMAT = 3
+FORMAT = 4
 """Version of the format that this code writes."""
+CONTROLLED = 4
+"""First format in which a finished record without its controls is no record."""
+CONTROLS = ("undefended", "prior_only", "permuted")
+"""What stands beside every score of an attack, computed on the same images."""
+
+
+ESSENTIAL = (
+    "data", "manifest", "adversary", "scores", *CONTROLS, "leakage", "utility", "cost",
+)  # fmt: skip
+"""What a finished record holds."""
 
 
 class _Part(BaseModel):
@@ -32,7 +42,25 @@ class Component(_Part):
 
 
 class Score(_Part):
-    """One number with its interval; ``value`` is null only when ``reason`` says why."""
+    """One number with its interval; ``value`` is null only when ``reason`` says why.
+
+    Attributes:
+        metric: its name.
+        version: of the metric's definition.
+        unit: empty for a pure number.
+        higher_is_better: whether a higher value means more of the private image.
+        value: the mean over images, or the one number of a metric that has none per image.
+        ci_low: lower end of the 95 % interval.
+        ci_high: upper end.
+        n: images that it rests on.
+        p50: the median over images; this and the next two are null before format 4, and where there
+            are no values per image.
+        p95: what 5 % of the images exceed, in the direction of leakage: for a metric that falls as
+            more leaks, 5 % lie below.
+        worst: the most harmful image's.
+        source: what was scored, where that is not plain from the place of the score.
+        reason: why there is no value, or no interval.
+    """
 
     metric: str
     version: int
@@ -42,6 +70,9 @@ class Score(_Part):
     ci_low: float | None
     ci_high: float | None
     n: int
+    p50: float | None = None
+    p95: float | None = None
+    worst: float | None = None
     source: str | None = None
     reason: str | None = None
 
@@ -110,7 +141,22 @@ class AttributeScore(_Part):
 
 
 class Cost(_Part):
-    """What the defense costs per image. FLOPs count two per multiply-add."""
+    """What the defense costs per image. FLOPs count two per multiply-add.
+
+    Attributes:
+        client_parameters: of all that runs on the client.
+        client_flops: of protection and fusion.
+        undefended_client_flops: of the plain client.
+        bytes_up: of all shares, as they are sent.
+        bytes_down: of all replies.
+        values_per_server: numbers that each server receives.
+        image_values: numbers in an image.
+        peak_activation_bytes: most memory that tensors of the client's forward pass hold at once,
+            parameters left out; null before format 4, and so are the next two.
+        latency_ratio: how many times as long the client takes as the undefended client, both
+            measured by turns in this run, with an interval over the turns.
+        training_seconds: that the training of the defense took when it was made.
+    """
 
     client_parameters: int
     client_flops: int
@@ -119,6 +165,29 @@ class Cost(_Part):
     bytes_down: int
     values_per_server: list[int]
     image_values: int
+    peak_activation_bytes: int | None = None
+    latency_ratio: Score | None = None
+    training_seconds: float | None = None
+
+
+class JudgeFacts(_Part):
+    """Who told what a reconstruction shows: a classifier that neither side has trained with.
+
+    Attributes:
+        artifact: key of the trained judge in the cache.
+        weights: hash of its weights; scores of different judges do not compare.
+        backbone: its architecture.
+        trained_on: the role whose images it has learned from.
+        accuracy: its share of right answers on the attacked originals; what recognition can reach.
+        gallery: images among which the original is sought.
+    """
+
+    artifact: str
+    weights: str
+    backbone: Component
+    trained_on: str
+    accuracy: float
+    gallery: int
 
 
 class Calibration(_Part):
@@ -205,6 +274,12 @@ class Record(_Part):
         calibration: one entry for each attack whose PSNR was computed; empty before format 3.
         convergence: one entry for each attack; null where it was not asked for.
         suite: of a suite, what each of its attacks did alone.
+        distribution: scores that a set of reconstructions has as a whole, such as FID.
+        information: what the corrupted servers' shares tell, whatever the attack.
+        judge: who recognised the images; null where the protocol has no judge.
+        near_copies: by role, attacked images of which that role holds a near copy, such as the same
+            picture mirrored or encoded anew.
+        supersedes: id of the record that this one was scored anew from.
         seconds_per_image: that the reconstruction took when it was made, batched; what came before
             it, such as the training of a decoder, is not in it. Of a suite, the sum.
     """
@@ -233,12 +308,43 @@ class Record(_Part):
     calibration: list[Calibration] = []
     convergence: list[Convergence] | None = None
     suite: list[SuitePart] = []
+    distribution: list[Score] = []
+    information: list[Score] = []
+    judge: JudgeFacts | None = None
+    near_copies: dict[str, int] = {}
+    supersedes: str | None = None
     seconds_per_image: float | None = None
     cost: Cost | None = None
     defense_facts: dict[str, JsonValue] = {}
     attack_facts: dict[str, JsonValue] = {}
     files: dict[str, str] = {}
     provenance: dict[str, JsonValue]
+
+    @model_validator(mode="after")
+    def _controlled(self) -> Record:
+        """A finished run without its controls is not a record."""
+        if self.status != "success" or self.format_version < CONTROLLED:
+            return self
+        missing = [name for name in ESSENTIAL if getattr(self, name) in (None, [])]
+        if missing:
+            raise ValueError(f"a finished record must hold {', '.join(missing)}")
+        wanted = [score.metric for score in self.scores]
+        for control in CONTROLS:
+            found = [score.metric for score in getattr(self, control)]
+            if found != wanted:
+                raise ValueError(f"{control} must hold the same metrics as scores, not {found}")
+        found = [score.metric for score in self.leakage]
+        if found != [f"leakage({name})" for name in wanted]:
+            raise ValueError(f"leakage must follow the metrics of scores, not {found}")
+        for at, score in enumerate(self.scores):
+            for control in CONTROLS:
+                beside = getattr(self, control)[at]
+                if (beside.value is None) != (score.value is None) or beside.n != score.n:
+                    raise ValueError(
+                        f"{control} of {score.metric} must be computed on the same images as the "
+                        "score itself"
+                    )
+        return self
 
     @property
     def id(self) -> str:

@@ -65,7 +65,7 @@ def score(names: Sequence[str], images: Tensor, originals: Tensor, seed: int) ->
             summary.append(_as_score(metric, Estimate(None, None, None, 0, str(error))))
             continue
         per_image[name] = values
-        summary.append(_as_score(metric, estimate_mean(values, seed)))
+        summary.append(_summed_up(metric, values, seed))
     return Scores(summary, per_image)
 
 
@@ -91,7 +91,7 @@ def worst_of(parts: Mapping[str, Scores], seed: int) -> tuple[Scores, dict[str, 
         best = harm.argmax(0)
         per_image[name] = values.gather(0, best[None])[0]
         chosen[name] = [attackers[at] for at in best.tolist()]
-        summary.append(_as_score(metric, estimate_mean(per_image[name], seed)))
+        summary.append(_summed_up(metric, per_image[name], seed))
     return Scores(summary, per_image), chosen
 
 
@@ -194,6 +194,14 @@ def _metric(name: str) -> Metric:
 _LOADED: dict[str, Metric] = {}
 # What could not be had once is not waited for again.
 _MISSING: dict[str, UnavailableError] = {}
+
+
+def _summed_up(metric: Metric, values: Tensor, seed: int) -> Score:
+    """Mean with its interval, and how bad it is for those whom it hits worst."""
+    sign = 1 if metric.more_leakage == "higher" else -1
+    p50, p95 = sign * torch.quantile(sign * values, torch.tensor([0.5, 0.95], dtype=values.dtype))
+    spread = {"p50": float(p50), "p95": float(p95), "worst": float(sign * (sign * values).max())}
+    return _as_score(metric, estimate_mean(values, seed)).model_copy(update=spread)
 
 
 def _as_score(metric: Metric, estimate: Estimate) -> Score:

@@ -7,7 +7,19 @@ from pydantic import ValidationError
 
 from mibench.errors import RecordError
 from mibench.provenance import package_version, provenance, revision
-from mibench.record import FORMAT, Component, ProtocolId, Record, Score, read_record
+from mibench.record import (
+    CONTROLS,
+    ESSENTIAL,
+    FORMAT,
+    AdversaryFacts,
+    Component,
+    Cost,
+    DataFacts,
+    ProtocolId,
+    Record,
+    Score,
+    read_record,
+)
 
 
 def score(**changes):
@@ -18,7 +30,16 @@ def score(**changes):
     return Score(**(values | changes))
 
 
+def of_leakage(one):
+    return one.model_copy(update={"metric": f"leakage({one.metric})"})
+
+
 def record(**changes):
+    scores = changes.get("scores", [score()])
+    changes = {
+        **dict.fromkeys(CONTROLS, scores),
+        "leakage": [of_leakage(s) for s in scores],
+    } | changes
     part = Component(name="none", version=1, code="00", params={"a": [1, 2.5, None]})
     values = {
         "status": "success",
@@ -29,7 +50,22 @@ def record(**changes):
         "seed": 0,
         "deviations": [],
         "started": "2030-01-01T00:00:00+00:00",
+        "data": DataFacts(
+            dataset="toy", image_size=16, images={"attacked": 8}, identities={}, left_out={}
+        ),
+        "manifest": "00",
+        "adversary": AdversaryFacts(knowledge="white_box", corrupted=[0], screening={}),
         "scores": [score()],
+        "utility": [score(metric="accuracy")],
+        "cost": Cost(
+            client_parameters=1,
+            client_flops=1,
+            undefended_client_flops=1,
+            bytes_up=4,
+            bytes_down=4,
+            values_per_server=[1],
+            image_values=1,
+        ),
         "provenance": {"mibench": "0", "packages": {"torch": None}},
     }
     return Record(**(values | changes))
@@ -130,6 +166,42 @@ def test_bytes_that_are_no_text_and_a_missing_record_are_refused(tmp_path):
     (tmp_path / "record.json").write_bytes(b"\xff\xfe{")
     with pytest.raises(RecordError):
         read_record(tmp_path)
+
+
+@pytest.mark.parametrize("field", ESSENTIAL)
+def test_a_result_without_its_controls_is_no_record(tmp_path, field):
+    values = json.loads(record().to_json())
+    for empty in ({field: None}, {field: []}):
+        if isinstance(values[field], list) == (empty[field] == []):
+            with pytest.raises(RecordError, match=field):
+                read_record(written(tmp_path, values | empty))
+    # What did not finish, and what an older version wrote, has fewer fields.
+    for other in ({"status": "error"}, {"format_version": 3}):
+        lacking = values | other
+        lacking[field] = type(values[field])() if isinstance(values[field], list) else None
+        assert read_record(written(tmp_path, lacking)).status == lacking["status"]
+
+
+@pytest.mark.parametrize("control", [*CONTROLS, "leakage"])
+@pytest.mark.parametrize("wrong", ["another metric", "one more", "in another order"])
+def test_controls_follow_the_scores(control, wrong):
+    both = [score(), score(metric="mse")]
+    row = [of_leakage(one) for one in both] if control == "leakage" else both
+    changed = {
+        "another metric": [row[0], row[0]],
+        "one more": [*row, row[0]],
+        "in another order": row[::-1],
+    }[wrong]
+    assert record(scores=both, **{control: row})
+    with pytest.raises(ValidationError, match=control):
+        record(scores=both, **{control: changed})
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("changes", [{"n": 7}, {"value": None, "reason": "lost"}], ids=str)
+def test_controls_are_of_the_same_images(control, changes):
+    with pytest.raises(ValidationError, match=f"{control} of psnr"):
+        record(**{control: [score(**changes)]})
 
 
 def test_a_record_cannot_be_changed():
