@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from mibench.metrics.cost import bytes_on_wire, client_cost, count_parameters
 
@@ -71,3 +72,10 @@ def test_bytes_are_per_image_in_the_dtype_sent():
 def test_bytes_refuse_batches_that_disagree(tensors):
     with pytest.raises(ValueError, match="tensor"):
         bytes_on_wire(tensors)
+
+
+def test_attention_counts_whatever_kernel_computes_it():
+    heads, tokens, width = 3, 65, 8
+    values = torch.rand(1, heads, tokens, width)
+    counted = client_cost(lambda x: functional.scaled_dot_product_attention(x, x, x), values)
+    assert counted == 2 * (2 * heads * tokens * tokens * width)
