@@ -97,6 +97,11 @@ def _write_new_and_replace(target: Path, data: bytes) -> None:
         raise
 
 
+def plain_name(name: str) -> str:
+    """A component's name as one folder: that of a plugin may hold a slash."""
+    return "".join(c if c.isalnum() or c in "._+-" else "-" for c in name).lstrip(".") or "-"
+
+
 def temporary_name() -> str:
     """A hidden file name, unlike any other, for something that is not finished yet."""
     return f".mibench-{secrets.token_hex(8)}.tmp"

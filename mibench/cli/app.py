@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from mibench import __version__
-from mibench.cli import doctor, listing, prior, protocols, run, show
+from mibench.cli import doctor, listing, prior, protocols, run, show, sweep
 from mibench.errors import MibenchError
 
 MISTAKE = 2
@@ -64,6 +64,7 @@ def _options(
 
 
 app.command("run")(run.run)
+app.command("sweep")(sweep.sweep)
 app.command("list")(listing.list_components)
 app.command("show")(show.show)
 app.add_typer(protocols.app, name="protocols")

@@ -140,13 +140,13 @@ def run(
 
 def default_folder(record: Record, given: dict[str, dict[str, Json]]) -> Path:
     """Returns ``runs/<protocol>/<defense>-<attack>[-<hash of what was set>]-s<seed>``."""
-    from mibench.files import content_id
+    from mibench.files import content_id, plain_name
 
     names = [record.defense.name, record.attack.name]
     if given:
         names.append(content_id(given, length=8))
     leaf = "-".join([*names, f"s{record.seed}"])
-    return Path("runs", _plain(record.protocol.id), _plain(leaf))
+    return Path("runs", plain_name(record.protocol.id), plain_name(leaf))
 
 
 def earlier_record(folder: Path, record: Record) -> Record | None:
@@ -408,8 +408,3 @@ def _close(record: Record, error: Exception, folder: Path, *, keep: bool) -> Non
     text = kind + " ".join(str(error).split())
     with suppress(StorageError):  # what went wrong first matters more
         write_record(record.model_copy(update={"status": "error", "error": text}), folder)
-
-
-def _plain(name: str) -> str:
-    """A name as one folder: a plugin's may hold a slash."""
-    return "".join(c if c.isalnum() or c in "._+-" else "-" for c in name).lstrip(".") or "-"
