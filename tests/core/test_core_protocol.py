@@ -16,8 +16,8 @@ from mibench.params import build
 from mibench.protocol import DataRule, Protocol, RoleRule, load_protocol, released
 
 ROLES = ("train", "auxiliary", "validation", "private")
-SILENT = {"title", "references", "minutes"}
-"""Top-level keys that cannot change a result."""
+SILENT = {"title", "references", "minutes", "metrics", "judge"}
+"""Top-level keys that the content id does not see."""
 
 BASE = {
     "id": "toy-v1",
@@ -36,6 +36,7 @@ BASE = {
     "recipe": {"steps": 5, "clip": 1.0},
     "adversary": {"knowledge": "white_box", "coalition": 1},
     "attacks": {"decoder": {"steps": 10, "batch": 4}},
+    "judge": {"recipe": {"steps": 5}},
     "seeds": [0, 1],
     "max_client_flops": 1000,
     "references": {"decoder": 30.0},
