@@ -7,6 +7,7 @@ does not follow the run's, so that all runs of a protocol are judged alike.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,9 +33,9 @@ ROLE = "auxiliary"
 """Whose images the judge learns from."""
 LARGEST_MAP = 56
 """Side in pixels of the first feature map at most."""
-BLUR, NOISE = 1.5, 0.1
-"""Largest deviations, of the blur in pixels and of the noise, of images degraded in training."""
-_REACH = 4
+BLUR, NOISE = 0.05, 0.1
+"""Largest deviations of what degrades images in training: of the blur, as a share of the images'
+side, and of the noise."""
 _CHUNK = 128
 
 
@@ -120,7 +121,11 @@ class Judge:
 def train_judge(
     rule: JudgeRule, protocol: Protocol, roles: Roles, store: ArtifactStore, device: str
 ) -> Judge:
-    """Trains the judge on the auxiliary images, or takes it from the cache."""
+    """Trains the judge on the auxiliary images, or takes it from the cache.
+
+    Raises:
+        DivergedError: its training has no finite loss; lower the learning rate in ``judge.recipe``.
+    """
     side = roles.auxiliary.image_shape[-1]
     task = roles.task.smoothed(rule.recipe.smoothing)
 
@@ -143,7 +148,8 @@ def train_judge(
         seconds = None if resumed else round(time.perf_counter() - began, 1)
         return learner.state_dict(), {"history": dict(history), TRAINING_SECONDS: seconds}
 
-    params = rule.model_dump(mode="json")
+    # How many images an original is sought among changes nothing about who seeks it.
+    params = rule.model_dump(mode="json", exclude={"gallery"})
     code = fingerprint(SmallVgg)
     spec: dict[str, Json] = {
         "judge": params,
@@ -181,7 +187,7 @@ def _loss(learner: SmallVgg, rule: JudgeRule, roles: Roles, task: Task, step: St
 
 
 def degrade(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Blurs the first ``share`` of the images and adds noise to them, each of one random strength.
+    """Blurs the first ``share`` of the images and adds noise to them, in one random strength each.
 
     A reconstruction is blurred or noisy more often than not. A judge that knows clean images alone
     overlooks what an eye still sees, and would make a defense look better than it is.
@@ -195,9 +201,9 @@ def degrade(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
     if not count:
         return images
     blur, noise = torch.rand(2, generator=generator).tolist()
-    some = images[:count]
-    sigma = max(BLUR * blur, 1e-3)
-    reach = min(_REACH, some.shape[-1] - 1)
+    some, side = images[:count], min(images.shape[-2:])
+    sigma = max(BLUR * side * blur, 1e-3)
+    reach = min(math.ceil(2.5 * sigma), side - 1)
     steps = torch.arange(-reach, reach + 1, dtype=images.dtype, device=images.device)
     kernel = torch.exp(-steps.square() / (2 * sigma**2))
     kernel = (kernel / kernel.sum()).expand(3, 1, 1, -1)

@@ -22,6 +22,8 @@ from mibench.threat import Knowledge
 
 SSIM_WINDOW = 11
 """Side of SSIM's window in pixels."""
+JUDGED_SIDE = 8
+"""Side in pixels of the smallest images that a judge can look at."""
 ROLES = ("train", "auxiliary", "validation", "private")
 UNRECORDED = {"title", "references", "minutes"}
 """Fields of a protocol that change no number of a record."""
@@ -211,7 +213,7 @@ class JudgeRule(Parameters):
 
     width: int = Field(default=32, gt=0, le=1024)
     recipe: Recipe
-    degraded: float = Field(default=0.5, ge=0, le=1)
+    degraded: float = Field(default=0.25, ge=0, le=1)
     gallery: int = Field(default=1000, gt=1)
 
 
@@ -287,10 +289,15 @@ class Protocol(Parameters):
             raise ValueError(f"recipe.crop is {self.recipe.crop}, but images have {size} pixels")
         if "ssim" in self.metrics and size < SSIM_WINDOW:
             raise ValueError(f"ssim needs images of {SSIM_WINDOW} pixels or more, not {size}")
-        if self.judge is not None and self.judge.recipe.crop >= size:
-            raise ValueError(
-                f"judge.recipe.crop is {self.judge.recipe.crop}, but images have {size} pixels"
-            )
+        if self.judge is not None:
+            if size < JUDGED_SIDE:
+                raise ValueError(
+                    f"a judge needs images of {JUDGED_SIDE} pixels or more, not {size}"
+                )
+            if self.judge.recipe.crop >= size:
+                raise ValueError(
+                    f"judge.recipe.crop is {self.judge.recipe.crop}, but images have {size} pixels"
+                )
         found = self.data.strength
         if found != self.adversary.auxiliary:
             raise ValueError(
