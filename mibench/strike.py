@@ -14,11 +14,12 @@ from mibench.assault import attack
 from mibench.controls import best_guess, blind_guesses
 from mibench.data.roles import Roles
 from mibench.deployment import Deployed
+from mibench.exhibit import Case
 from mibench.files import Json
 from mibench.gallery import FIRST_CHOICE
 from mibench.job import UNDEFENDED, Job
 from mibench.record import AdversaryFacts, Calibration, Convergence, Score, SuitePart
-from mibench.scoring import Scores, gained, leakage_scores, score, worst_of
+from mibench.scoring import Scores, gained, leakage_scores, score, score_sets, worst_of
 
 CONVERGED = {"psnr": 0.5, "ssim": 0.02}
 """What twice the budget may change at most, by metric, of an attack that has converged."""
@@ -37,6 +38,7 @@ class Strike:
         scores: of the reconstructions.
         undefended: of the same attack on the undefended split.
         permuted_scores: of the control.
+        distribution: what the reconstructions have as a set, on the defense and undefended.
         floor: of the best blind guess.
         calibration: whether the attack is as strong as it should be.
         convergence: whether twice the budget gains anything; None where that was not asked for.
@@ -54,6 +56,7 @@ class Strike:
     undefended: Scores
     permuted_scores: Scores
     floor: Scores
+    distribution: list[Score]
     calibration: list[Calibration]
     convergence: list[Convergence] | None
     seconds_per_image: float
@@ -80,6 +83,7 @@ def strike(
     deployed: Deployed,
     reference: Deployed,
     roles: Roles,
+    case: Case,
     store: ArtifactStore,
     device: str,
 ) -> Strike:
@@ -90,6 +94,7 @@ def strike(
         deployed: the trained defense.
         reference: the trained undefended split.
         roles: the images.
+        case: what the reconstructions are held against.
         store: cache of trained parts.
         device: a PyTorch device.
     """
@@ -102,16 +107,15 @@ def strike(
     rebuilt_undefended = rebuilt if bare else baseline.from_true_shares()
     guesses = blind_guesses(roles.auxiliary, len(roles.attacked)) | assault.blind()
 
-    names, originals = tuple(job.protocol.metrics), roles.attacked.images()
-    seed = interval_seed(job)
-    scores = score(names, rebuilt, originals, seed)
-    undefended = score(names, rebuilt_undefended, originals, seed)
+    names, seed = tuple(job.protocol.metrics), interval_seed(job)
+    scores = score(names, rebuilt, case.attacked, seed)
+    undefended = score(names, rebuilt_undefended, case.attacked, seed)
     convergence = None
     if job.converge:
         gains: dict[str, float] = {}
         if job.budget():
             again = attack(job.doubled(), deployed, roles, store, device).from_true_shares()
-            gains = gained(scores, score(names, again, originals, seed))
+            gains = gained(scores, score(names, again, case.attacked, seed))
         convergence = [_convergence(job, gains)]
     return Strike(
         adversary=assault.adversary,
@@ -121,8 +125,14 @@ def strike(
         guesses=guesses,
         scores=scores,
         undefended=undefended,
-        permuted_scores=score(names, permuted, originals, seed),
-        floor=best_guess(names, guesses, roles.validation, originals, seed),
+        permuted_scores=score(names, permuted, case.attacked, seed),
+        floor=best_guess(names, guesses, case, seed),
+        distribution=score_sets(
+            {"attack": rebuilt, "undefended": rebuilt_undefended},
+            case.attacked.originals,
+            seed,
+            device,
+        ),
         calibration=_calibration(job, undefended),
         convergence=convergence,
         seconds_per_image=assault.seconds["true"] / len(rebuilt),
@@ -130,7 +140,7 @@ def strike(
 
 
 def worst_case(
-    strikes: Mapping[str, Strike], left_out: Mapping[str, str], job: Job, roles: Roles
+    strikes: Mapping[str, Strike], left_out: Mapping[str, str], job: Job, case: Case, device: str
 ) -> Strike:
     """Takes, for each image and metric, the most harmful of several attacks; for controls as well.
 
@@ -141,27 +151,28 @@ def worst_case(
         strikes: by attack, on the same images.
         left_out: attacks that do not apply to the defense, with the reason.
         job: the suite's.
-        roles: the images.
+        case: what the reconstructions are held against.
+        device: a PyTorch device.
     """
-    seed, originals = interval_seed(job), roles.attacked.images()
+    seed, originals = interval_seed(job), case.attacked.originals
     scores, chosen = worst_of({k: one.scores for k, one in strikes.items()}, seed)
     undefended, _ = worst_of({k: one.undefended for k, one in strikes.items()}, seed)
     permuted, other = worst_of({k: one.permuted_scores for k, one in strikes.items()}, seed)
     shown = FIRST_CHOICE if FIRST_CHOICE in chosen else next(iter(chosen))
     guesses = {name: images for one in strikes.values() for name, images in one.guesses.items()}
+    rebuilt = _picked({k: one.reconstructions for k, one in strikes.items()}, chosen[shown])
     asked = [one.convergence for one in strikes.values() if one.convergence is not None]
     return Strike(
         adversary=next(iter(strikes.values())).adversary,
         facts={},
-        reconstructions=_picked(
-            {k: one.reconstructions for k, one in strikes.items()}, chosen[shown]
-        ),
+        reconstructions=rebuilt,
         permuted=_picked({k: one.permuted for k, one in strikes.items()}, other[shown]),
         guesses=guesses,
         scores=scores,
         undefended=undefended,
         permuted_scores=permuted,
-        floor=best_guess(tuple(job.protocol.metrics), guesses, roles.validation, originals, seed),
+        floor=best_guess(tuple(job.protocol.metrics), guesses, case, seed),
+        distribution=score_sets({"attack": rebuilt}, originals, seed, device),
         calibration=[entry for one in strikes.values() for entry in one.calibration],
         convergence=[entry for entries in asked for entry in entries] if asked else None,
         seconds_per_image=sum(one.seconds_per_image for one in strikes.values()),

@@ -195,8 +195,8 @@ def _identity(record: Record) -> dict[str, object]:
 def estimate_minutes(protocol: Protocol, defense: str, attack: str) -> float | None:
     """Returns about how many minutes a run takes on two CPU cores; None where nobody measured.
 
-    All but what an attack learns once for all targets counts twice for a defended run: the
-    undefended reference is trained and attacked too.
+    All but the judge, and what an attack learns once for all targets, counts twice for a defended
+    run: the undefended reference is trained and attacked too.
     """
     from mibench.job import SUITE
 
@@ -207,7 +207,7 @@ def estimate_minutes(protocol: Protocol, defense: str, attack: str) -> float | N
     per_target = times["defense"] + sum(times[name] for name in names)
     # What several attacks of a suite learn once, such as a prior, they share.
     once = max(times.get(f"{name} once", 0.0) for name in names)
-    return per_target * (1 if defense == "none" else 2) + once
+    return per_target * (1 if defense == "none" else 2) + once + times.get("judge", 0.0)
 
 
 def _check_names(
