@@ -31,8 +31,10 @@ RATE = 0.05
 """Of the moving average that stands in the gradient's denominator."""
 LEAST = {"auxiliary": 16, "validation": 8}
 """Fewest images; with fewer there is nothing to learn or too few strangers."""
-SHARPNESS = tuple(step / 20 for step in range(31))
+SHARPNESS = tuple(step / 20 for step in range(21))
 """Factors of T among which the held-back images choose."""
+HEAT = 10.0
+"""Of T at the start."""
 JUDGED = 5
 """Judgements in the course of a training."""
 CHUNK = 256
@@ -49,17 +51,19 @@ class Mine(Measure):
 
     whose bias falls with the average's rate. The value is the bound on validation images, its mean
     over several seeds of network and training, with Student's interval over the seeds. Auxiliary
-    images that were held back choose the step of a training that is used, and a factor from 0 to
-    1.5 of T: a T that is too sure of itself gives far too low a bound, and any multiple of it is a
+    images that were held back choose the step of a training that is used, and a factor from 0 to 1
+    of T: a T that is too sure of itself gives far too low a bound, and any multiple of it is a
     statistic as well.
 
     The shares are rounded to 8 bits, in the range of the auxiliary images: between an image and
     the unrounded message of a deterministic client the information is infinite. So the number is
     that of a client that sends bytes, at most 8 log 2 nats for each value.
 
-    Ours: T(x, z) = a(x) . b(z) + c(x) + d(z) with small convolutional networks, pooled to 4 x 4
-    places, so T does not see all; a weaker T only lowers the bound. This form gives all n (n - 1)
-    pairs of strangers of a batch for the price of n, where the paper takes one permutation.
+    Ours: T(x, z) = t cos(a(x), b(z)), with a factor t that is learned and has no bound, and small
+    convolutional networks pooled to 4 x 4 places, so T does not see all; a weaker T only lowers the
+    bound. This form gives all n (n - 1) pairs of strangers of a batch for the price of n, where the
+    paper takes one permutation. With a plain product instead of the cosine, single
+    strangers of great length rule the second term, and seeds differ by several nats.
 
     How it fails. It is a lower bound: a low value can mean a weak network. It has a large variance,
     since the second term is ruled by the few strangers that look most like pairs. No estimate from
@@ -103,7 +107,7 @@ class Mine(Measure):
 
 
 class Critic(nn.Module):
-    """The statistics network T(x, z) = a(x) . b(z) / sqrt(E) + c(x) + d(z), unbounded.
+    """The statistics network T(x, z) = t cos(a(x), b(z)); t is learned and has no bound.
 
     Args:
         examples: sizes and scale of its inputs are taken from these.
@@ -116,6 +120,7 @@ class Critic(nn.Module):
         super().__init__()
         self.image = Encoder(examples.images)
         self.shares = nn.ModuleList(Encoder(share) for share in examples.shares)
+        self.heat = nn.Parameter(torch.tensor(math.log(HEAT)))
         # Of exp T over strangers; the start is that of T = 0.
         self.register_buffer("log_mean", torch.zeros(()))
         self.register_buffer("sharpness", torch.ones(()))
@@ -124,13 +129,12 @@ class Critic(nn.Module):
         """Images (n, ...) and shares (m, ...) → T of each with each, (n, m)."""
         a = self.image(images)
         b = torch.stack([net(share) for net, share in zip(self.shares, shares, strict=True)]).sum(0)
-        vectors = a[:, :-1] @ b[:, :-1].T / math.sqrt(FEATURES)
-        table: Tensor = vectors + a[:, -1:] + b[:, -1:].T
-        return self.sharpness * table
+        cosine: Tensor = nn.functional.normalize(a) @ nn.functional.normalize(b).T
+        return self.sharpness * self.heat.exp() * cosine
 
 
 class Encoder(nn.Module):
-    """Maps (C, h, w), tokens (N, D) or vectors (D) → FEATURES values and one more.
+    """Maps (C, h, w), tokens (N, D) or vectors (D) → FEATURES values.
 
     Args:
         examples: (n, ...), whose mean and deviation, per channel, its inputs are standardised by.
@@ -146,7 +150,7 @@ class Encoder(nn.Module):
         self.register_buffer("mean", mean)
         # A channel that never changes says nothing.
         self.register_buffer("deviation", torch.where(deviation > 0, deviation, 1.0))
-        inputs, out = examples.shape[1], FEATURES + 1
+        inputs = examples.shape[1]
         if examples.ndim == 4:
             layers: list[nn.Module] = [
                 nn.Conv2d(inputs, CHANNELS, 3, 2, 1),
@@ -155,7 +159,7 @@ class Encoder(nn.Module):
                 nn.GELU(),
                 nn.AdaptiveAvgPool2d(SIDE),
                 nn.Flatten(),
-                nn.Linear(CHANNELS * SIDE * SIDE, out),
+                nn.Linear(CHANNELS * SIDE * SIDE, FEATURES),
             ]
         elif examples.ndim == 3:
             layers = [
@@ -163,7 +167,7 @@ class Encoder(nn.Module):
                 nn.GELU(),
                 _Pooled(),
                 nn.Flatten(),
-                nn.Linear(WIDTH * PLACES, out),
+                nn.Linear(WIDTH * PLACES, FEATURES),
             ]
         else:
             layers = [
@@ -172,12 +176,12 @@ class Encoder(nn.Module):
                 nn.GELU(),
                 nn.Linear(2 * WIDTH, 2 * WIDTH),
                 nn.GELU(),
-                nn.Linear(2 * WIDTH, out),
+                nn.Linear(2 * WIDTH, FEATURES),
             ]
         self.network = nn.Sequential(*layers)
 
     def forward(self, values: Tensor) -> Tensor:
-        """Returns (n, FEATURES + 1)."""
+        """Returns (n, FEATURES)."""
         found: Tensor = self.network((values - self.mean) / self.deviation)
         return found
 
