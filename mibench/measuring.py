@@ -107,6 +107,10 @@ class _Look:
             device=self.device,
         )
 
+    @cached_property
+    def _shared_code(self) -> list[str]:
+        return [fingerprint(one) for one in (_Look, Estimate, Target, Step)]
+
     def _sent(self, images: ImageSet) -> Messages:
         seed = seeding.derive(self.job.seed, "measured", images.identity)
         shares = self.deployed.defense.transmit(images, self.job.protocol.batch, seed)
@@ -122,10 +126,7 @@ class _Look:
                 *lineage(method),
                 imported_fingerprint(method, "mibench.information"),
                 imported_fingerprint(method, "mibench.defenses.parts"),
-                fingerprint(_Look),
-                fingerprint(Estimate),
-                fingerprint(Target),
-                fingerprint(Step),
+                *self._shared_code,
             ],
             "auxiliary": self.roles.auxiliary.identity,
             "validation": self.roles.validation.identity,

@@ -20,7 +20,7 @@ from mibench.metrics.intervals import Estimate
 from mibench.params import Parameters
 from mibench.threat import Target
 
-VALUES = 2**26
+VALUES = 2**27
 """Values of all shares that are held of each set of images, at most."""
 
 
@@ -52,7 +52,7 @@ class Amounts(Parameters):
 
 
 _OF_TRACK = {
-    "test": Amounts(learned=64, read=32, steps=5, batch=16, published=16, epochs=1),
+    "test": Amounts(learned=64, read=32, seeds=2, steps=2, batch=16, published=16, epochs=1),
     "smoke": Amounts(learned=512, read=256, steps=40, batch=64, published=128, epochs=1),
 }
 
