@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,11 +18,12 @@ from mibench.attacks.base import Attack
 from mibench.data.roles import Roles, load_roles
 from mibench.data.sets import ImageSet
 from mibench.defenses.base import Defense
-from mibench.deployment import Deployed, code_of, examine, fit
+from mibench.deployment import TRAINING_SECONDS, Deployed, code_of, examine, fit
 from mibench.errors import InvalidParamsError, NotApplicableError
 from mibench.exhibit import open_case
 from mibench.files import Json, content_id
 from mibench.job import SUITE, UNDEFENDED, Job
+from mibench.measuring import tell
 from mibench.params import build
 from mibench.protocol import ROLES, Protocol
 from mibench.provenance import provenance
@@ -100,6 +102,11 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
             if not job.suite:
                 raise
             left_out[name] = str(error)
+    if not strikes:
+        raise NotApplicableError("; ".join(left_out.values()))
+    # Every attack meets the same adversary.
+    read = tuple(next(iter(strikes.values())).adversary.corrupted)
+    told = tell(job, deployed, read, roles, store, device)
     model = _of_the_model(job, deployed, reference, roles)
 
     def result(opened: Record, struck: Strike, parts: Mapping[str, Result]) -> Result:
@@ -122,6 +129,8 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
             suite=struck.suite,
             seconds_per_image=struck.seconds_per_image,
             attack_facts=struck.facts,
+            information=told.scores,
+            information_facts=told.facts,
             **model.fields,
         )
         return Result(
@@ -137,8 +146,6 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
 
     if not job.suite:
         return result(opened, strikes[job.attack], {})
-    if not strikes:
-        raise NotApplicableError("; ".join(left_out.values()))
     parts = {
         name: result(open_record(jobs[name], device), one, {}) for name, one in strikes.items()
     }
@@ -166,7 +173,8 @@ def _of_the_model(job: Job, deployed: Deployed, reference: Deployed, roles: Role
     validated = answers(deployed.defense, roles.validation, batch) if same_labels else None
     examined = examine(deployed.defense, roles.validation) if same_labels else {}
     manifest = roles.private.hashes()
-    spent = cost(deployed.defense, reference.defense, roles.attacked)
+    seconds = cast("float | None", deployed.facts.get(TRAINING_SECONDS))
+    spent = cost(deployed.defense, reference.defense, roles.attacked, seed, seconds)
     return _Model(
         fields={
             "data": _data_facts(job.protocol, roles),

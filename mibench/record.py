@@ -275,7 +275,10 @@ class Record(_Part):
         convergence: one entry for each attack; null where it was not asked for.
         suite: of a suite, what each of its attacks did alone.
         distribution: scores that a set of reconstructions has as a whole, such as FID.
-        information: what the corrupted servers' shares tell, whatever the attack.
+        information: what the corrupted servers' shares tell, whatever the attack, on images of the
+            attacker; one score per measure.
+        information_facts: what a measure notes beside its number, by measure, such as the value of
+            each seed.
         judge: who recognised the images; null where the protocol has no judge.
         near_copies: by role, attacked images of which that role holds a near copy, such as the same
             picture mirrored or encoded anew.
@@ -310,6 +313,7 @@ class Record(_Part):
     suite: list[SuitePart] = []
     distribution: list[Score] = []
     information: list[Score] = []
+    information_facts: dict[str, JsonValue] = {}
     judge: JudgeFacts | None = None
     near_copies: dict[str, int] = {}
     supersedes: str | None = None

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mibench.backbones.base import Backbone
     from mibench.data.base import Dataset
     from mibench.defenses.base import Defense
+    from mibench.information.base import Measure
     from mibench.metrics.base import Metric
 
 T = TypeVar("T")
@@ -699,4 +700,10 @@ metrics: Registry["Metric"] = Registry(
     base="mibench.metrics.base:Metric",
     package="mibench.metrics",
     group="mibench.metrics",
+)
+measures: Registry["Measure"] = Registry(
+    "measure",
+    base="mibench.information.base:Measure",
+    package="mibench.information",
+    group="mibench.measures",
 )

@@ -13,8 +13,15 @@ from mibench import seeding
 from mibench.data.sets import ImageSet
 from mibench.defenses.base import Defense, Shares
 from mibench.errors import blaming
-from mibench.metrics.cost import bytes_on_wire, client_cost, count_parameters
-from mibench.record import Cost
+from mibench.metrics.cost import (
+    bytes_on_wire,
+    client_cost,
+    count_parameters,
+    paired_latencies,
+    peak_activation_bytes,
+)
+from mibench.metrics.intervals import estimate_median
+from mibench.record import Cost, Score
 
 BLOCK = 1024
 """Images whose shares are held at a time, at most."""
@@ -65,13 +72,63 @@ def _shuffled(call: Callable[[Shares], Tensor], inputs: Shares, batch: int) -> T
 @torch.no_grad()
 def client_flops(defense: Defense, example: Tensor) -> int:
     """Counts what protection and fusion take the client for one image (1, 3, H, W)."""
+    return client_cost(_whole_client(defense, example), example)
+
+
+def _whole_client(defense: Defense, example: Tensor) -> Callable[[Tensor], object]:
+    """Protection and fusion as one call; the servers answer beforehand, for ``example``."""
     replies = tuple(defense.serve(k, share) for k, share in enumerate(defense.protect(example)))
-    return client_cost(lambda x: defense.fuse((defense.protect(x), replies)[1]), example)
+    return lambda x: defense.fuse((defense.protect(x), replies)[1])
 
 
 @torch.no_grad()
-def cost(defense: Defense, undefended: Defense, images: ImageSet) -> Cost:
-    """Counts parameters, FLOPs and bytes for one image."""
+def latency_ratio(defense: Defense, undefended: Defense, example: Tensor, seed: int) -> Score:
+    """Measures how many times as long protection takes as on the undefended client.
+
+    The median over pairs of turns, each of one image, and its bootstrap interval over the pairs. A
+    measurement of this machine in this minute, for orientation: nothing is ranked by it.
+
+    Args:
+        defense: the deployed defense.
+        undefended: the plain split, on the same device.
+        example: one image, (1, 3, H, W).
+        seed: of the interval.
+    """
+    with seeding.stream(seed, "latency"):
+        taken = paired_latencies(
+            partial(defense.protect, example), partial(undefended.protect, example), example.device
+        )
+    found = estimate_median(taken[:, 0] / taken[:, 1], seed)
+    return Score(
+        metric="latency_ratio",
+        version=1,
+        unit="",
+        higher_is_better=False,
+        value=found.value,
+        ci_low=found.low,
+        ci_high=found.high,
+        n=found.n,
+        source=f"median of {found.n} pairs, batch of one, {example.device.type}",
+    )
+
+
+@torch.no_grad()
+def cost(
+    defense: Defense,
+    undefended: Defense,
+    images: ImageSet,
+    seed: int,
+    training_seconds: float | None = None,
+) -> Cost:
+    """Counts parameters, FLOPs, memory and bytes for one image, and times the client.
+
+    Args:
+        defense: the deployed defense.
+        undefended: the plain split.
+        images: the first one is the example.
+        seed: of the interval of the time.
+        training_seconds: that the training took, where that is known.
+    """
     device = next(defense.parameters()).device
     example = images.images(slice(0, 1)).to(device)
     shares = defense.protect(example)
@@ -84,4 +141,9 @@ def cost(defense: Defense, undefended: Defense, images: ImageSet) -> Cost:
         bytes_down=bytes_on_wire(replies),
         values_per_server=[share[0].numel() for share in shares],
         image_values=example[0].numel(),
+        peak_activation_bytes=peak_activation_bytes(
+            _whole_client(defense, example), example, [defense]
+        ),
+        latency_ratio=latency_ratio(defense, undefended, example, seed),
+        training_seconds=training_seconds,
     )

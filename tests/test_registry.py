@@ -539,11 +539,11 @@ def test_fingerprint_of_other_classes():
 # --- the package's own --------------------------------------------------------------------------
 
 
-def test_the_five_registries_list_without_torch():
+def test_the_six_registries_list_without_torch():
     code = """
         import sys
         from mibench import registry
-        names = ["defenses", "attacks", "datasets", "backbones", "metrics"]
+        names = ["defenses", "attacks", "datasets", "backbones", "metrics", "measures"]
         for name in names:
             each = getattr(registry, name)
             each.entries(), repr(each), len(each), "none" in each

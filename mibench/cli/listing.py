@@ -30,6 +30,7 @@ class Kind(StrEnum):
     DATASETS = "datasets"
     BACKBONES = "backbones"
     METRICS = "metrics"
+    MEASURES = "measures"
 
 
 def list_components(

@@ -36,6 +36,8 @@ def print_record(console: Console, record: Record) -> None:
         console.print(f"This run failed: {record.error}", soft_wrap=True)
         return
     console.print(_scores(record))
+    if record.information:
+        console.print(_information(record))
     for line in _below(record):
         console.print(line, soft_wrap=True)
 
@@ -73,6 +75,33 @@ def _scores(record: Record) -> Table:
             spread = ["" if v is None else f"{v:.{digits}f}" for v in (one.p50, one.p95, one.worst)]
             table.add_row(first, label, *_cells(one, digits), *spread, end_section=last)
     return table
+
+
+def _information(record: Record) -> Table:
+    """What the shares tell, whatever the attack."""
+    images = max(score.n for score in record.information)
+    table = Table(
+        title=f"What the shares tell, whatever the attack, of {images} of the attacker's images",
+        title_justify="left",
+    )
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    table.add_column("95 % interval")
+    table.add_column("how")
+    for score in record.information:
+        if score.value is None:
+            table.add_row(score.metric, "-", "-", score.reason)
+            continue
+        unit = f" {score.unit}" if score.unit else ""
+        interval = "-"
+        if score.ci_low is not None and score.ci_high is not None:
+            interval = f"{_short(score.ci_low)} to {_short(score.ci_high)}"
+        table.add_row(score.metric, f"{_short(score.value)}{unit}", interval, score.source or "")
+    return table
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _head(score: Score) -> list[str]:
@@ -235,6 +264,8 @@ def _cost(cost: Cost) -> Iterable[str]:
         f"(undefended {_flops(cost.undefended_client_flops)}), "
         f"{cost.client_parameters:,} parameters"
     )
+    if measured := ", ".join(_measured(cost)):
+        yield f"  {measured}"
     sizes = cost.values_per_server
     each = f"{sizes[0]:,}" if len(set(sizes)) == 1 else "/".join(f"{size:,}" for size in sizes)
     yield (
@@ -242,6 +273,18 @@ def _cost(cost: Cost) -> Iterable[str]:
         f"each of {len(sizes)} server{'s'[: len(sizes) > 1]} gets {each} values "
         f"(an image has {cost.image_values:,})"
     )
+
+
+def _measured(cost: Cost) -> Iterable[str]:
+    """What depends on the machine, or is not known of older records."""
+    if cost.peak_activation_bytes is not None:
+        yield f"{cost.peak_activation_bytes / 1000:,.1f} kB of activations at most"
+    ratio = cost.latency_ratio
+    if ratio is not None and ratio.value is not None:
+        between = f" ({ratio.ci_low:.2f} to {ratio.ci_high:.2f})" if ratio.ci_low else ""
+        yield f"{ratio.value:.2f}{between} times the undefended client's time"
+    if cost.training_seconds is not None:
+        yield f"trained in {cost.training_seconds:,.0f} s"
 
 
 def _flops(count: int) -> str:

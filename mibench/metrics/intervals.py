@@ -88,6 +88,28 @@ def estimate_mean(values: Tensor, seed: int) -> Estimate:
     return Estimate(mean, low, high, n)
 
 
+def estimate_median(values: Tensor, seed: int) -> Estimate:
+    """Median of measurements with its 95 % percentile bootstrap interval.
+
+    Args:
+        values: Measurements, (N,), N >= 2.
+        seed: Seed of the resampling.
+
+    Returns:
+        The estimate, in the unit of the values.
+
+    Raises:
+        ValueError: If there are fewer than two values or any is not finite.
+    """
+    scores = _checked(values, "values")
+    if len(scores) < 2:
+        raise ValueError("a bootstrap interval needs at least two values, got 1")
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(scores), (_RESAMPLES, len(scores)), generator=generator)
+    low, high = _percentiles(scores[drawn].quantile(0.5, dim=1), _LEVEL)
+    return Estimate(float(scores.quantile(0.5)), low, high, len(scores))
+
+
 def normalised_leakage(
     scores: Tensor,
     floor: Tensor,

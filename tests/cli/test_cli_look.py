@@ -126,3 +126,12 @@ def test_doctor_finds_what_is_there(invoke, tmp_path):
 
 def test_doctor_without_a_data_folder(invoke):
     assert "no such folder" in invoke("doctor", "--data-root", "absent").stdout
+
+
+@pytest.mark.slow
+def test_what_the_shares_tell_has_a_table_of_its_own(invoke, finished):
+    table = finished.stdout[finished.stdout.index("What the shares tell") :]
+    for score in finished.record.information:
+        assert score.metric in table
+    assert "times the undefended client's time" in table
+    assert "of activations at most" in table

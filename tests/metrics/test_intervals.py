@@ -8,7 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mibench.metrics import intervals
-from mibench.metrics.intervals import bootstrap_mean, estimate_mean, normalised_leakage
+from mibench.metrics.intervals import (
+    bootstrap_mean,
+    estimate_mean,
+    estimate_median,
+    normalised_leakage,
+)
 
 score_lists = st.lists(
     st.floats(-1e3, 1e3, allow_nan=False, allow_subnormal=False, width=32), min_size=2, max_size=40
@@ -203,3 +208,14 @@ def test_leakage_refuses_unpaired_values_and_unknown_directions():
         leakage(normal(3), torch.empty(0), normal(3))
     with pytest.raises(ValueError, match="more_leakage"):
         leakage(normal(3), normal(3), normal(3), more_leakage="up")
+
+
+def test_the_median_lies_in_its_interval_and_ignores_what_is_far_off():
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0, 1e6])
+    found = estimate_median(values, 0)
+    assert (found.value, found.n) == (3.0, 5)
+    assert found.low <= 3.0 <= found.high
+    assert estimate_median(torch.full((40,), 2.5), 0).high == 2.5
+    assert estimate_median(values, 0) == found
+    with pytest.raises(ValueError, match="at least two"):
+        estimate_median(values[:1], 0)
