@@ -24,7 +24,7 @@ CHECKS: dict[str, Check[Trial]] = {
     **learning.checks,
 }
 """All checks of a defense by name, in order, but for the limits of its processes."""
-PRELOAD = ("timm", "torch.utils.flop_counter", "mibench.checks.defense_host")
+PRELOAD = ("timm", "mibench.checks.defense_host", "mibench.backbones.small_resnet")
 """What the processes of defenses need and would import one by one."""
 NAMES = (*CHECKS, "raises", *LIMIT_CHECKS)
 
@@ -60,12 +60,10 @@ def check_defense(
     declared = _declared(name)
     found: list[tuple[str, Finding]] = []
     for setting in settings:
-        trial = Trial(
-            nursery, where, params or {}, setting, limits or Limits(), readable, declared
-        )
+        trial = Trial(nursery, where, params or {}, setting, limits or Limits(), readable, declared)
         try:
-            for one in _tried(trial, only, progress):
-                found.append((setting.title if len(settings) > 1 else "", one))
+            title = setting.title if len(settings) > 1 else ""
+            found.extend((title, one) for one in _tried(trial, only, progress))
         finally:
             trial.close()
         if any(one.check.startswith("limit-") for _, one in found):

@@ -7,7 +7,7 @@ import torch
 from mibench import seeding
 from mibench.checks.battery import Battery, Outcome, failed, passed, skipped, warned
 from mibench.checks.defense_wiring import FEW, most_deviating
-from mibench.checks.trial import DRAWS, Trial
+from mibench.checks.trial import DRAWS, LEARNING, Trial
 from mibench.defenses.base import TOLERANCE, Shares
 
 behaviour: Battery[Trial] = Battery()
@@ -252,7 +252,9 @@ def law(trial: Trial) -> Outcome:
     )[1]["value"]
     share = float((value > strange).double().mean())
     if share < 0.9:
-        return failed(f"only for {share:.0%} of the messages the true image is likelier than others")
+        return failed(
+            f"only for {share:.0%} of the messages the true image is likelier than others"
+        )
     assert others
     width = centre = total = 0.0
     for k, draws in enumerate(trial.draws):
@@ -327,6 +329,7 @@ def noise_ratio(trial: Trial) -> Outcome:
         told, found = process.ask(
             "defense.scaled",
             {name: one[:64] for name, one in trial.train.items()},
+            seconds=LEARNING,
             factor=factor,
             recipe=recipe,
             draws=6,

@@ -292,8 +292,8 @@ def scaled(state: State, header: Mapping[str, Any], tensors: Tensors) -> Answer:
     """Multiplies all weights of the client that learn by ``factor``, and trains a few steps.
 
     The recipe's rate is next to nothing: this shows what a client with large features would send,
-    once scales were measured anew. Returns ``draws`` of one server's message (R, B, ...) in training
-    mode, and the loss ``terms`` of the last phase.
+    once scales were measured anew. Returns ``draws`` messages (R, B, ...) for each server, in
+    training mode, and the loss ``terms`` of the last phase.
     """
     defense: Defense = copy.deepcopy(_defense(state))
     kept = state.parts["defense"]

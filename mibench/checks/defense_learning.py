@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mibench.checks.battery import Battery, Outcome, failed, passed, warned
 from mibench.checks.defense_wiring import deviating, most_deviating
-from mibench.checks.trial import Trial
+from mibench.checks.trial import LEARNING, Trial
 
 learning: Battery[Trial] = Battery()
 
@@ -70,6 +70,7 @@ def loss_reaches_client(trial: Trial) -> Outcome:
     told, _ = process.ask(
         "defense.terms",
         trial.train,
+        seconds=LEARNING,
         steps=max(100, trial.recipe["steps"]),  # type: ignore[call-overload]
         batch=BATCH,
         seed=trial.seed,

@@ -25,6 +25,8 @@ TRAIN, MANY, SOME = 256, 256, 32
 DRAWS = 8
 """Transmissions of the same images, to know their noise by."""
 NEUTRAL = "mibench check"
+LEARNING = 120.0
+"""Seconds that the short training may take, also on a busy machine."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Setting:
 
 
 MAPS = Setting("maps", "small-resnet", {"stem": 16, "width": 16}, "stem")
-TOKENS = Setting("tokens", "small-vit", {"width": 32, "depth": 2, "heads": 2}, "block1")
+TOKENS = Setting("tokens", "small-vit", {"width": 32, "depth": 4, "heads": 2}, "block1")
 SETTINGS = (MAPS, TOKENS)
 
 
@@ -150,7 +152,9 @@ class Trial:
     @cached_property
     def trained(self) -> dict[str, Any]:
         """What the training said of itself."""
-        said, _ = self.trainer.ask("defense.fit", self.train, recipe=self.recipe, seed=self.seed)
+        said, _ = self.trainer.ask(
+            "defense.fit", self.train, seconds=LEARNING, recipe=self.recipe, seed=self.seed
+        )
         return said
 
     @cached_property
@@ -210,7 +214,11 @@ class Trial:
     # --- messages --------------------------------------------------------------------------------
 
     def send(
-        self, images: Tensor, *ambient: str | int, process: Process | None = None, grad: bool = False
+        self,
+        images: Tensor,
+        *ambient: str | int,
+        process: Process | None = None,
+        grad: bool = False,
     ) -> Shares:
         """Sends images through the client while a named random stream is active."""
         stream: list[Json] = [*(ambient or (self.seed, NEUTRAL))]
@@ -221,9 +229,7 @@ class Trial:
     def predict(self, images: Tensor, *ambient: str | int) -> Shares:
         """Returns the message's parameters."""
         stream: list[Json] = [*(ambient or (self.seed, NEUTRAL))]
-        return tensors_of(
-            self.client.ask("defense.predict", {"images": images}, ambient=stream)[1]
-        )
+        return tensors_of(self.client.ask("defense.predict", {"images": images}, ambient=stream)[1])
 
     def replies(self, shares: Shares) -> Shares:
         """Returns the reply of every server, each from its own process, to its own share."""
