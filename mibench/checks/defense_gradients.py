@@ -144,8 +144,9 @@ def _ridge(x: Tensor, y: Tensor, wanted: Tensor) -> Tensor:
         error = float((fitted - y[:held]).square().mean())
         if error < best:
             best, weight = error, candidate
-    solved = torch.linalg.solve(kernel + weight * power * torch.eye(len(x)).double(), y - level)
-    return (across @ solved + level).float()
+    solved: Tensor = torch.linalg.solve(kernel + weight * power * torch.eye(len(x)).double(), y - level)
+    answer: Tensor = across @ solved + level
+    return answer.float()
 
 
 def _sent(trial: Trial, images: Tensor, name: str) -> Shares:

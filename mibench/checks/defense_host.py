@@ -109,7 +109,7 @@ def protect(state: State, header: Mapping[str, Any], tensors: Tensors) -> Answer
             with torch.no_grad():
                 sent = defense.protect(images)
     elements: Sequence[Any] = sent if isinstance(sent, tuple | list) else [sent]
-    wire = {"type": type(sent).__name__, "elements": [_described(one) for one in elements]}
+    wire: dict[str, Any] = {"type": type(sent).__name__, "elements": [_described(one) for one in elements]}
     return {"wire": wire}, _named([one for one in elements if isinstance(one, Tensor)])
 
 
@@ -406,9 +406,9 @@ def _counted() -> Iterator[dict[str, int]]:
         plain(*arguments, **keywords)
 
     hook = register_optimizer_step_pre_hook(stepped)
-    torch.autograd.backward = backward  # type: ignore[assignment]
+    torch.autograd.backward = backward
     try:
         yield counts
     finally:
-        torch.autograd.backward = plain  # type: ignore[assignment]
+        torch.autograd.backward = plain
         hook.remove()

@@ -101,7 +101,7 @@ def wire_bytes(trial: Trial) -> Outcome:
 )
 def wire_logits(trial: Trial) -> Outcome:
     """The same logits across processes as in one."""
-    stream = [trial.seed, "wire"]
+    stream: tuple[int, str] = (trial.seed, "wire")
     images = trial.some
     _, whole = trial.trainer.ask("defense.answer", {"images": images}, ambient=stream)
     shares = trial.send(images, *stream)
@@ -161,7 +161,7 @@ def input_matters(trial: Trial) -> Outcome:
         apart = (flat - flat[:1]).abs().max() / scale
         if not apart > CONSTANT:
             return failed(f"server {k} gets the same message for every image")
-    wire = [trial.seed, "permuted"]
+    wire: tuple[int, str] = (trial.seed, "permuted")
     own = trial.trainer.ask("defense.answer", {"images": images}, ambient=wire)[1]["logits"]
     moved = trial.trainer.ask("defense.answer", {"images": images}, ambient=wire, shift=1)[1]
     there = trial.logits(tuple(share.roll(1, 0) for share in trial.send(images, *wire)))
