@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from test_core_evaluate import protocol as plain
 
 from mibench.artifacts import ArtifactStore
 from mibench.controls import best_guess, blind_guesses
@@ -14,7 +15,7 @@ from mibench.exhibit import open_case
 from mibench.job import SUITE, Job
 from mibench.judge import SmallVgg, degrade, train_judge
 from mibench.params import build
-from mibench.protocol import JudgeRule, Protocol
+from mibench.protocol import JudgeRule
 from mibench.record import read_record
 from mibench.scoring import score
 from mibench.task import Attributes
@@ -24,31 +25,18 @@ RULE = {"width": 8, "recipe": {"steps": 80, "batch": 32, "lr": 0.1, "crop": 0}, 
 
 
 def protocol(**changes):
+    """The tiny protocol with more images, and a judge."""
+    data = plain().data.model_dump(mode="json")
+    for role, count in {"auxiliary": 256, "validation": 24, "private": 48}.items():
+        data[role]["count"] = count
     values = {
         "id": "judged-v1",
-        "track": "test",
-        "title": "a tiny protocol with a judge",
-        "data": {
-            "dataset": "procedural",
-            "image_size": 32,
-            "train": {"split": "stream", "start": 0, "count": 64},
-            "auxiliary": {"split": "stream", "start": 1000, "count": 256},
-            "validation": {"split": "stream", "start": 2000, "count": 24},
-            "private": {"split": "stream", "start": 3000, "count": 48},
-            "attacked": 12,
-        },
-        "backbone": {
-            "name": "small-resnet",
-            "params": {"stem": 8, "width": 8},
-            "split_point": "stem",
-        },
-        "recipe": {"steps": 5, "batch": 16, "precision": "fp32", "crop": 0},
+        "data": data,
         "attacks": {"linear": {}, "gradient": {"steps": 4, "tuning_images": 2, "weights": [0.1]}},
         "metrics": {"mse": 1, "psnr": 1, **dict.fromkeys(JUDGED, 1)},
         "judge": RULE,
-        "batch": 8,
     }
-    return build(Protocol, values | changes, "tiny")
+    return plain(**(values | changes))
 
 
 @pytest.fixture(scope="module")

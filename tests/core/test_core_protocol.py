@@ -327,7 +327,7 @@ def test_ssim_needs_images_as_large_as_its_window():
 
 def test_a_judge_needs_images_that_it_can_look_at():
     small = {("data", "image_size"): 7, ("recipe", "crop"): 0, ("metrics",): {"psnr": 1}}
-    with pytest.raises(InvalidParamsError, match="a judge needs 8 pixels"):
+    with pytest.raises(InvalidParamsError, match="a judge needs images of 8 pixels"):
         made(edited(small))
     with pytest.raises(InvalidParamsError, match=r"judge\.recipe\.crop is 32"):
         made(edited({("judge", "recipe", "crop"): 32}))
