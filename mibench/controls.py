@@ -14,6 +14,7 @@ from torch import Tensor
 from mibench.data.sets import ImageSet
 from mibench.defenses.base import Shares
 from mibench.scoring import Scores, score
+from mibench.stored import rounded
 
 
 def blind_guesses(auxiliary: ImageSet, count: int) -> dict[str, Tensor]:
@@ -35,7 +36,7 @@ def blind_guesses(auxiliary: ImageSet, count: int) -> dict[str, Tensor]:
     nearest = int(torch.cat(distances).argmin())
     typical = auxiliary.images(slice(nearest, nearest + 1))[0]
     return {
-        "mean-image": mean.expand(count, *mean.shape),
+        "mean-image": rounded(mean[None]).expand(count, *mean.shape),
         "typical-image": typical.expand(count, *typical.shape),
     }
 

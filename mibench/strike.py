@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,9 +19,44 @@ from mibench.gallery import FIRST_CHOICE
 from mibench.job import UNDEFENDED, Job
 from mibench.record import AdversaryFacts, Calibration, Convergence, Score, SuitePart
 from mibench.scoring import Scores, gained, leakage_scores, score, worst_of
+from mibench.stored import rounded
 
 CONVERGED = {"psnr": 0.5, "ssim": 0.02}
 """What twice the budget may change at most, by metric, of an attack that has converged."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """What an attack made, rounded to the 8 bits in which it is stored: what is stored is scored.
+
+    Attributes:
+        reconstructions: (N, 3, H, W) in [0, 1].
+        undefended: the same attack's on the undefended split.
+        permuted: the control: made of another image's shares.
+        guesses: the control: blind guesses by name.
+    """
+
+    reconstructions: Tensor
+    undefended: Tensor
+    permuted: Tensor
+    guesses: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Scores of an attack's images with those of its controls.
+
+    Attributes:
+        scores: of the reconstructions.
+        undefended: of the same attack on the undefended split.
+        permuted: of the control.
+        floor: of the best blind guess.
+    """
+
+    scores: Scores
+    undefended: Scores
+    permuted: Scores
+    floor: Scores
 
 
 @dataclass(frozen=True)
@@ -34,6 +69,8 @@ class Strike:
         reconstructions: images (N, 3, H, W) in [0, 1].
         permuted: the control: made of another image's shares.
         guesses: the control: blind guesses by name.
+        undefended_images: the same attack's on the undefended split; of the worst of several, None,
+            since each metric has its own worst.
         scores: of the reconstructions.
         undefended: of the same attack on the undefended split.
         permuted_scores: of the control.
@@ -50,6 +87,7 @@ class Strike:
     reconstructions: Tensor
     permuted: Tensor
     guesses: dict[str, Tensor]
+    undefended_images: Tensor | None
     scores: Scores
     undefended: Scores
     permuted_scores: Scores
@@ -97,35 +135,51 @@ def strike(
     assault = attack(job, deployed, roles, store, device)
     baseline = assault if bare else attack(job.undefended(), reference, roles, store, device)
 
-    rebuilt = assault.from_true_shares()
-    permuted = assault.from_permuted_shares()
-    rebuilt_undefended = rebuilt if bare else baseline.from_true_shares()
-    guesses = blind_guesses(roles.auxiliary, len(roles.attacked)) | assault.blind()
-
-    names, originals = tuple(job.protocol.metrics), roles.attacked.images()
-    seed = interval_seed(job)
-    scores = score(names, rebuilt, originals, seed)
-    undefended = score(names, rebuilt_undefended, originals, seed)
+    rebuilt = rounded(assault.from_true_shares())
+    own = {name: rounded(guess) for name, guess in assault.blind().items()}
+    images = Images(
+        reconstructions=rebuilt,
+        undefended=rebuilt if bare else rounded(baseline.from_true_shares()),
+        permuted=rounded(assault.from_permuted_shares()),
+        guesses=blind_guesses(roles.auxiliary, len(roles.attacked)) | own,
+    )
+    names, seed = tuple(job.protocol.metrics), interval_seed(job.seed)
+    found = judged(names, images, roles, seed)
     convergence = None
     if job.converge:
         gains: dict[str, float] = {}
         if job.budget():
             again = attack(job.doubled(), deployed, roles, store, device).from_true_shares()
-            gains = gained(scores, score(names, again, originals, seed))
+            originals = roles.attacked.images()
+            gains = gained(found.scores, score(names, rounded(again), originals, seed))
         convergence = [_convergence(job, gains)]
     return Strike(
         adversary=assault.adversary,
         facts=assault.attacker.facts(),
         reconstructions=rebuilt,
-        permuted=permuted,
-        guesses=guesses,
-        scores=scores,
-        undefended=undefended,
-        permuted_scores=score(names, permuted, originals, seed),
-        floor=best_guess(names, guesses, roles.validation, originals, seed),
-        calibration=_calibration(job, undefended),
+        permuted=images.permuted,
+        guesses=images.guesses,
+        undefended_images=images.undefended,
+        scores=found.scores,
+        undefended=found.undefended,
+        permuted_scores=found.permuted,
+        floor=found.floor,
+        calibration=calibration(
+            job.attack, found.undefended, job.protocol.references.get(job.built_in)
+        ),
         convergence=convergence,
         seconds_per_image=assault.seconds["true"] / len(rebuilt),
+    )
+
+
+def judged(names: Sequence[str], images: Images, roles: Roles, seed: int) -> Judged:
+    """Scores an attack's images and those of its controls, against the attacked images."""
+    originals = roles.attacked.images()
+    return Judged(
+        scores=score(names, images.reconstructions, originals, seed),
+        undefended=score(names, images.undefended, originals, seed),
+        permuted=score(names, images.permuted, originals, seed),
+        floor=best_guess(names, images.guesses, roles.validation, originals, seed),
     )
 
 
@@ -143,7 +197,7 @@ def worst_case(
         job: the suite's.
         roles: the images.
     """
-    seed, originals = interval_seed(job), roles.attacked.images()
+    seed, originals = interval_seed(job.seed), roles.attacked.images()
     scores, chosen = worst_of({k: one.scores for k, one in strikes.items()}, seed)
     undefended, _ = worst_of({k: one.undefended for k, one in strikes.items()}, seed)
     permuted, other = worst_of({k: one.permuted_scores for k, one in strikes.items()}, seed)
@@ -151,18 +205,22 @@ def worst_case(
     guesses = {name: images for one in strikes.values() for name, images in one.guesses.items()}
     asked = [one.convergence for one in strikes.values() if one.convergence is not None]
     return Strike(
-        adversary=next(iter(strikes.values())).adversary,
+        adversary=_together([one.adversary for one in strikes.values()]),
         facts={},
         reconstructions=_picked(
             {k: one.reconstructions for k, one in strikes.items()}, chosen[shown]
         ),
         permuted=_picked({k: one.permuted for k, one in strikes.items()}, other[shown]),
         guesses=guesses,
+        undefended_images=None,
         scores=scores,
         undefended=undefended,
         permuted_scores=permuted,
         floor=best_guess(tuple(job.protocol.metrics), guesses, roles.validation, originals, seed),
-        calibration=[entry for one in strikes.values() for entry in one.calibration],
+        # Of several coalitions, each met the same undefended split.
+        calibration=list(
+            {entry.attack: entry for one in strikes.values() for entry in one.calibration}.values()
+        ),
         convergence=[entry for entries in asked for entry in entries] if asked else None,
         seconds_per_image=sum(one.seconds_per_image for one in strikes.values()),
         suite=[
@@ -177,9 +235,41 @@ def worst_case(
     )
 
 
-def interval_seed(job: Job) -> int:
-    """Seed of the bootstrap, the same for everything in a record."""
-    return seeding.derive(job.seed, "intervals")
+def interval_seed(seed: int) -> int:
+    """Seed of the bootstrap, the same for everything in a record of this seed."""
+    return seeding.derive(seed, "intervals")
+
+
+def calibration(attack: str, undefended: Scores, reference: float | None) -> list[Calibration]:
+    """Whether an attack reaches its reference on the undefended split; empty without a PSNR."""
+    found = [score.value for score in undefended.summary if score.metric == "psnr"]
+    if not found or found[0] is None:
+        return []
+    return [
+        Calibration(
+            attack=attack,
+            reached=found[0],
+            reference=reference,
+            calibrated=None if reference is None else found[0] >= reference,
+        )
+    ]
+
+
+def _together(adversaries: Sequence[AdversaryFacts]) -> AdversaryFacts:
+    """The adversary of several strikes: one for all, or all coalitions of the protocol's size."""
+    first = adversaries[0]
+    coalitions = [one.corrupted for one in adversaries]
+    distinct = [one for at, one in enumerate(coalitions) if one not in coalitions[:at]]
+    if len(distinct) == 1:
+        return first
+    worst = min(first.screening, key=first.screening.__getitem__)
+    return first.model_copy(
+        update={
+            "corrupted": [int(server) for server in worst.split("+")],
+            "coalitions": distinct,
+            "broken": max(one.broken for one in adversaries),
+        }
+    )
 
 
 def _part(name: str, one: Strike, chosen: Mapping[str, list[str]]) -> SuitePart:
@@ -187,6 +277,7 @@ def _part(name: str, one: Strike, chosen: Mapping[str, list[str]]) -> SuitePart:
     return SuitePart.model_validate(
         {
             "attack": name,
+            "corrupted": one.adversary.corrupted,
             "scores": one.scores.summary,
             "share_of_worst": worst,
             "seconds_per_image": one.seconds_per_image,
@@ -199,21 +290,6 @@ def _picked(images: Mapping[str, Tensor], chosen: list[str]) -> Tensor:
     return torch.stack([images[name][at] for at, name in enumerate(chosen)])
 
 
-def _calibration(job: Job, undefended: Scores) -> list[Calibration]:
-    found = [score.value for score in undefended.summary if score.metric == "psnr"]
-    if not found or found[0] is None:
-        return []
-    reference = job.protocol.references.get(job.built_in)
-    return [
-        Calibration(
-            attack=job.attack,
-            reached=found[0],
-            reference=reference,
-            calibrated=None if reference is None else found[0] >= reference,
-        )
-    ]
-
-
 def _within(gains: dict[str, float]) -> bool | None:
     """Whether all changes are small; None where nothing was scored that could tell."""
     known = {name: gains[name] for name in CONVERGED if name in gains}
@@ -223,7 +299,7 @@ def _within(gains: dict[str, float]) -> bool | None:
 def _convergence(job: Job, gains: dict[str, float]) -> Convergence:
     before, after = job.budget(), job.doubled().budget()
     return Convergence(
-        attack=job.attack,
+        attack=job.label,
         budget={key: (value, after[key]) for key, value in before.items()},
         gained=gains,
         converged=_within(gains) if before else True,
