@@ -169,7 +169,7 @@ def _of_the_model(job: Job, deployed: Deployed, reference: Deployed, roles: Role
     spent = cost(deployed.defense, reference.defense, roles.attacked)
     return _Model(
         fields={
-            "data": _data_facts(job.protocol, roles),
+            "data": data_facts(job.protocol, roles),
             "manifest": hashlib.sha256(manifest_text(manifest)).hexdigest(),
             "utility": [
                 *utility_scores("", task, told, labels, seed),
@@ -249,7 +249,8 @@ def _suite(found: Mapping[str, Component]) -> Component:
     )
 
 
-def _data_facts(protocol: Protocol, roles: Roles) -> DataFacts:
+def data_facts(protocol: Protocol, roles: Roles) -> DataFacts:
+    """Returns which images play the protocol's roles here."""
     sets = {name: getattr(roles, name) for name in ROLES}
     return DataFacts(
         dataset=protocol.data.dataset,

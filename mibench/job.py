@@ -17,6 +17,8 @@ UNDEFENDED = "none"
 """Name of the reference that leakage and accuracy are normalised by."""
 SUITE = "suite"
 """Stands for all attacks that the protocol names, and the worst of them for each image."""
+WEIGHTS_BY_HAND = "trained weights given by hand"
+"""First words of the deviation of a job with `Job.weights`."""
 EVERY_COALITION = "every coalition attacks, not only the worst by the screening"
 """Deviation of a job with `Job.every_coalition`: a stronger adversary than the protocol's."""
 
@@ -136,7 +138,7 @@ class Job:
             if one.built_in not in self.protocol.attacks:
                 found.append(f"attack {one.attack} is none of the protocol's")
         if self.weights is not None:
-            found.append(f"trained weights given by hand ({self.weights.resolve().name})")
+            found.append(f"{WEIGHTS_BY_HAND} ({self.weights.resolve().name})")
         if self.every_coalition:
             found.append(EVERY_COALITION)
         if self.coalition is not None:

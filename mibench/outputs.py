@@ -69,19 +69,10 @@ def write_result(result: Result, out: Path) -> Record:
     assert result.record.manifest is not None
     files[MANIFEST] = result.record.manifest
 
-    grid = gallery.draw(
-        originals=to_bytes(result.originals.images()),
-        reconstructions=images,
-        permuted=to_bytes(result.controls["permuted"]),
-        labels=_captions(result),
-        per_image={name: values.tolist() for name, values in result.per_image.items()},
-        scores=result.record.scores,
-        title=f"{result.record.defense.name} against {result.record.attack.name}",
-    )
-    for name, data in (
-        (PER_IMAGE, _parquet(per_image_table(result))),
-        (GRID, _png(grid)),
-    ):
+    written = {PER_IMAGE: _parquet(per_image_table(result))}
+    if "permuted" in result.controls:  # not so for an old run that was scored anew
+        written[GRID] = _png(_grid(result, images))
+    for name, data in written.items():
         write_atomically(out / name, data)
         files[name] = hashlib.sha256(data).hexdigest()
     record = result.record.model_copy(update={"files": files})
@@ -159,6 +150,18 @@ def remove_leftovers(out: Path) -> None:
                 continue
             except OSError as error:
                 raise StorageError(f"cannot remove {path}: {error.strerror}") from error
+
+
+def _grid(result: Result, images: list[np.ndarray]) -> Image.Image:
+    return gallery.draw(
+        originals=to_bytes(result.originals.images()),
+        reconstructions=images,
+        permuted=to_bytes(result.controls["permuted"]),
+        labels=_captions(result),
+        per_image={name: values.tolist() for name, values in result.per_image.items()},
+        scores=result.record.scores,
+        title=f"{result.record.defense.name} against {result.record.attack.name}",
+    )
 
 
 def _captions(result: Result) -> list[str]:

@@ -41,6 +41,10 @@ class Images:
     permuted: Tensor
     guesses: dict[str, Tensor]
 
+    def controls(self) -> dict[str, Tensor]:
+        """The controls by name."""
+        return {"permuted": self.permuted, **self.guesses}
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -57,6 +61,33 @@ class Judged:
     undefended: Scores
     permuted: Scores
     floor: Scores
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The most harmful of several attacks, for each image and metric on its own.
+
+    Attributes:
+        judged: the scores.
+        chosen: by metric, the attack that each image's value comes from.
+        permuted: the same for the control of permuted shares.
+    """
+
+    judged: Judged
+    chosen: Mapping[str, list[str]]
+    permuted: Mapping[str, list[str]]
+
+    def shares(self, name: str) -> dict[str, float]:
+        """By metric, the share of the images for which this attack was the worst."""
+        return {metric: names.count(name) / len(names) for metric, names in self.chosen.items()}
+
+    def shown(self, images: Mapping[str, Tensor]) -> Tensor:
+        """Of each image the worst reconstruction (N, 3, H, W), by the metric to look at."""
+        return _picked(images, self.chosen)
+
+    def shown_control(self, images: Mapping[str, Tensor]) -> Tensor:
+        """Of each image the worst control of permuted shares."""
+        return _picked(images, self.permuted)
 
 
 @dataclass(frozen=True)
@@ -101,6 +132,11 @@ class Strike:
     def leakage(self, seed: int) -> list[Score]:
         """Normalised leakage per metric."""
         return leakage_scores(self.scores, self.floor, self.undefended, seed)
+
+    @property
+    def judged(self) -> Judged:
+        """All scores together."""
+        return Judged(self.scores, self.undefended, self.permuted_scores, self.floor)
 
     def columns(self) -> dict[str, Tensor]:
         """The per-image values of everything that was scored."""
@@ -183,13 +219,36 @@ def judged(names: Sequence[str], images: Images, roles: Roles, seed: int) -> Jud
     )
 
 
-def worst_case(
-    strikes: Mapping[str, Strike], left_out: Mapping[str, str], job: Job, roles: Roles
-) -> Strike:
+def worst_judged(
+    parts: Mapping[str, Judged],
+    guesses: Mapping[str, Tensor],
+    names: Sequence[str],
+    roles: Roles,
+    seed: int,
+) -> Worst:
     """Takes, for each image and metric, the most harmful of several attacks; for controls as well.
 
     A maximum over several guesses is higher than each of them, even for a blind one. So the control
     and the undefended split get the same maximum over the same attacks.
+
+    Args:
+        parts: scores of the same images, by attack.
+        guesses: all blind guesses by name.
+        names: of the metrics.
+        roles: the images.
+        seed: of the intervals.
+    """
+    scores, chosen = worst_of({name: one.scores for name, one in parts.items()}, seed)
+    undefended, _ = worst_of({name: one.undefended for name, one in parts.items()}, seed)
+    permuted, other = worst_of({name: one.permuted for name, one in parts.items()}, seed)
+    floor = best_guess(names, guesses, roles.validation, roles.attacked.images(), seed)
+    return Worst(Judged(scores, undefended, permuted, floor), chosen, other)
+
+
+def worst_case(
+    strikes: Mapping[str, Strike], left_out: Mapping[str, str], job: Job, roles: Roles
+) -> Strike:
+    """Takes, for each image and metric, the most harmful of several attacks; for controls as well.
 
     Args:
         strikes: by attack, on the same images.
@@ -197,26 +256,26 @@ def worst_case(
         job: the suite's.
         roles: the images.
     """
-    seed, originals = interval_seed(job.seed), roles.attacked.images()
-    scores, chosen = worst_of({k: one.scores for k, one in strikes.items()}, seed)
-    undefended, _ = worst_of({k: one.undefended for k, one in strikes.items()}, seed)
-    permuted, other = worst_of({k: one.permuted_scores for k, one in strikes.items()}, seed)
-    shown = FIRST_CHOICE if FIRST_CHOICE in chosen else next(iter(chosen))
     guesses = {name: images for one in strikes.values() for name, images in one.guesses.items()}
+    found = worst_judged(
+        {name: one.judged for name, one in strikes.items()},
+        guesses,
+        tuple(job.protocol.metrics),
+        roles,
+        interval_seed(job.seed),
+    )
     asked = [one.convergence for one in strikes.values() if one.convergence is not None]
     return Strike(
         adversary=_together([one.adversary for one in strikes.values()]),
         facts={},
-        reconstructions=_picked(
-            {k: one.reconstructions for k, one in strikes.items()}, chosen[shown]
-        ),
-        permuted=_picked({k: one.permuted for k, one in strikes.items()}, other[shown]),
+        reconstructions=found.shown({k: one.reconstructions for k, one in strikes.items()}),
+        permuted=found.shown_control({k: one.permuted for k, one in strikes.items()}),
         guesses=guesses,
         undefended_images=None,
-        scores=scores,
-        undefended=undefended,
-        permuted_scores=permuted,
-        floor=best_guess(tuple(job.protocol.metrics), guesses, roles.validation, originals, seed),
+        scores=found.judged.scores,
+        undefended=found.judged.undefended,
+        permuted_scores=found.judged.permuted,
+        floor=found.judged.floor,
         # Of several coalitions, each met the same undefended split.
         calibration=list(
             {entry.attack: entry for one in strikes.values() for entry in one.calibration}.values()
@@ -224,7 +283,7 @@ def worst_case(
         convergence=[entry for entries in asked for entry in entries] if asked else None,
         seconds_per_image=sum(one.seconds_per_image for one in strikes.values()),
         suite=[
-            *(_part(name, one, chosen) for name, one in strikes.items()),
+            *(_part(name, one, found.shares(name)) for name, one in strikes.items()),
             *(SuitePart(attack=name, reason=reason) for name, reason in left_out.items()),
         ],
         parts={
@@ -272,8 +331,7 @@ def _together(adversaries: Sequence[AdversaryFacts]) -> AdversaryFacts:
     )
 
 
-def _part(name: str, one: Strike, chosen: Mapping[str, list[str]]) -> SuitePart:
-    worst = {metric: names.count(name) / len(names) for metric, names in chosen.items()}
+def _part(name: str, one: Strike, worst: Mapping[str, float]) -> SuitePart:
     return SuitePart.model_validate(
         {
             "attack": name,
@@ -286,8 +344,9 @@ def _part(name: str, one: Strike, chosen: Mapping[str, list[str]]) -> SuitePart:
     )
 
 
-def _picked(images: Mapping[str, Tensor], chosen: list[str]) -> Tensor:
-    return torch.stack([images[name][at] for at, name in enumerate(chosen)])
+def _picked(images: Mapping[str, Tensor], chosen: Mapping[str, list[str]]) -> Tensor:
+    shown = FIRST_CHOICE if FIRST_CHOICE in chosen else next(iter(chosen))
+    return torch.stack([images[name][at] for at, name in enumerate(chosen[shown])])
 
 
 def _within(gains: dict[str, float]) -> bool | None:

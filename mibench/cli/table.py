@@ -234,7 +234,9 @@ def _adversary(adversary: AdversaryFacts, cost: Cost | None) -> Iterable[str]:
     if adversary.screening:
         errors = ", ".join(f"{name}: {error:.4f}" for name, error in adversary.screening.items())
         worst = min(adversary.screening, key=adversary.screening.__getitem__)
-        chosen = f"worst by the screening: {worst};" if adversary.coalitions else "chosen as the worst:"
+        chosen = "chosen as the worst:"
+        if adversary.coalitions:
+            chosen = f"by the screening {worst} is the worst:"
         yield (
             f"  {chosen} a linear decoder rebuilds the attacker's own validation images "
             f"with the least error from it (MSE {errors})"
