@@ -159,7 +159,8 @@ def _parts(folder: Path, record: Record, protocol: Protocol, roles: Roles) -> di
         if place.parent.resolve() != folder.resolve() or not place.is_dir():
             raise RecordError(f"{folder} has no folder {part.attack!r} of the suite's attack")
         one = _finished(place)
-        if one.manifest != record.manifest or one.suite or protocol_of(one) != protocol:
+        other = protocol_of(one).content_id != protocol.content_id
+        if one.manifest != record.manifest or one.suite or other:
             raise RecordError(f"{place} holds another run than a part of {folder}")
         found[part.attack] = _rescored(place, one, protocol, roles)
     return found
