@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mibench.data.sets import ImageSet
 from mibench.defenses.base import Shares
+from mibench.exhibit import Case
 from mibench.scoring import Scores, score
 from mibench.stored import rounded
 
@@ -47,16 +48,13 @@ def permute(shares: Shares) -> Shares:
 
 
 def best_guess(
-    names: Sequence[str],
-    guesses: Mapping[str, Tensor],
-    validation: ImageSet,
-    originals: Tensor,
-    seed: int,
+    names: Sequence[str], guesses: Mapping[str, Tensor], case: Case, seed: int
 ) -> Scores:
     """Scores, for each metric, the guess that is best on the attacker's validation images."""
-    count = min(len(originals), len(validation))
-    known = validation.take(count).images()
-    trials = {name: score(names, images[:count], known, seed) for name, images in guesses.items()}
+    count = len(case.known.originals)
+    trials = {
+        name: score(names, images[:count], case.known, seed) for name, images in guesses.items()
+    }
     best = []
     for at, metric in enumerate(names):
         rated = {name: trial.summary[at] for name, trial in trials.items()}
@@ -64,5 +62,5 @@ def best_guess(
         sign = 1 if next(iter(rated.values())).higher_is_better else -1
         order = sorted(known_values, key=lambda name: -sign * known_values[name])
         chosen = next(iter([*order, *guesses]))
-        best.append(score((metric,), guesses[chosen], originals, seed).named(chosen))
+        best.append(score((metric,), guesses[chosen], case.attacked, seed).named(chosen))
     return Scores.joined(best)

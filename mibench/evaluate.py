@@ -20,6 +20,7 @@ from mibench.data.sets import ImageSet
 from mibench.defenses.base import Defense
 from mibench.deployment import Deployed, code_of, examine, fit
 from mibench.errors import InvalidParamsError, NotApplicableError
+from mibench.exhibit import open_case
 from mibench.files import Json, content_id
 from mibench.job import SUITE, UNDEFENDED, Job
 from mibench.params import build
@@ -91,12 +92,13 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
     bare = job.defense == UNDEFENDED
     reference = deployed if bare else fit(job.undefended(), roles, store, device)
 
+    case = open_case(job.protocol, roles, store, device)
     jobs = job.against(coalitions_of(job.protocol.adversary, deployed.defense))
     strikes: dict[str, Strike] = {}
     left_out: dict[str, str] = {}
     for name, one in jobs.items():
         try:
-            strikes[name] = strike(one, deployed, reference, roles, store, device)
+            strikes[name] = strike(one, deployed, reference, roles, case, store, device)
         except NotApplicableError as error:
             if len(jobs) == 1:
                 raise
@@ -116,6 +118,8 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
             prior_only=struck.floor.summary,
             permuted=struck.permuted_scores.summary,
             leakage=struck.leakage(interval_seed(job.seed)),
+            distribution=struck.distribution,
+            judge=case.judge,
             calibration=struck.calibration,
             convergence=struck.convergence,
             suite=struck.suite,
@@ -142,7 +146,7 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
     parts = {
         name: result(open_record(jobs[name], device), one, {}) for name, one in strikes.items()
     }
-    return result(opened, worst_case(strikes, left_out, job, roles), parts)
+    return result(opened, worst_case(strikes, left_out, job, case, device), parts)
 
 
 @dataclass(frozen=True)
@@ -226,7 +230,7 @@ def open_record(job: Job, device: str) -> Record:
             content=protocol.content_id,
             track=protocol.track,
             ranked=protocol.ranked and not job.deviations(),
-            values=protocol.described(),
+            values=protocol.recorded(),
         ),
         defense=_component(defenses.load(job.defense), job.defense, job.defense_params),
         attack=_suite(found) if job.suite else found[job.attack],

@@ -22,9 +22,22 @@ from mibench.threat import Knowledge
 
 SSIM_WINDOW = 11
 """Side of SSIM's window in pixels."""
+JUDGED_SIDE = 8
+"""Side in pixels of the smallest images that a judge can look at."""
 ROLES = ("train", "auxiliary", "validation", "private")
-SILENT = {"title", "references", "minutes"}
-"""Fields of a protocol that change no result."""
+UNRECORDED = {"title", "references", "minutes"}
+"""Fields of a protocol that change no number of a record."""
+SILENT = UNRECORDED | {"metrics", "judge"}
+"""Fields of a protocol that its content id does not see.
+
+Scores carry the versions of their metrics and a record names its judge: a record that is scored
+anew, or with more metrics, stays under the protocol that its run was made under.
+"""
+METRICS = {
+    "mse": 1, "psnr": 1, "ssim": 1, "lpips": 1,
+    "recognition": 1, "reid-top1": 1, "reid-top5": 1, "reid-mrr": 1,
+}  # fmt: skip
+"""Scores of a protocol that names none, with their versions."""
 Auxiliary = Literal["training", "disjoint", "other"]
 """The attacker's images: the training images themselves, others of the same kind, another kind."""
 
@@ -187,6 +200,23 @@ class Recipe(Parameters):
     precision: Literal["fp32", "bf16"] = "bf16"
 
 
+class JudgeRule(Parameters):
+    """The judge that tells what a reconstruction shows; it learns from the auxiliary images.
+
+    Attributes:
+        width: channels of its first layer.
+        recipe: how it is trained; its seed is the same for all runs.
+        degraded: share of its images that are blurred and noisy, as reconstructions are.
+        gallery: private images among which an original is sought, the attacked ones included; more
+            where more are attacked.
+    """
+
+    width: int = Field(default=32, gt=0, le=1024)
+    recipe: Recipe
+    degraded: float = Field(default=0.25, ge=0, le=1)
+    gallery: int = Field(default=1000, gt=1)
+
+
 class AdversaryRule(Parameters):
     """The adversary: its knowledge, how many servers it reads, and what images it has.
 
@@ -221,6 +251,8 @@ class Protocol(Parameters):
         adversary: who attacks.
         attacks: parameters that the protocol fixes, by attack.
         metrics: names of the scores with their versions, in the order of the tables.
+        judge: who tells what a reconstruction shows; null: nobody, and the scores that need a judge
+            are null.
         seeds: seeds of a complete result; a single run uses one of them.
         max_client_flops: client budget per image; above it a row is not ranked.
         batch: images per batch when attacking; random draws are made batch by batch.
@@ -229,7 +261,8 @@ class Protocol(Parameters):
             measured when the protocol was made, less 1 dB for other machines. An attack that stays
             below is not calibrated. A changed protocol has none.
         minutes: minutes that parts took on a CPU, for the estimate before a run: ``defense`` and
-            each attack by name, per target; ``<attack> once`` for what all its targets share.
+            each attack by name, per target; ``<attack> once`` for what all its targets share, and
+            ``judge`` for what all runs do.
     """
 
     id: str
@@ -240,9 +273,8 @@ class Protocol(Parameters):
     recipe: Recipe
     adversary: AdversaryRule = AdversaryRule()
     attacks: dict[str, dict[str, JsonValue]] = Field(default_factory=dict)
-    metrics: dict[str, int] = Field(
-        default_factory=lambda: {"mse": 1, "psnr": 1, "ssim": 1, "lpips": 1}, min_length=1
-    )
+    metrics: dict[str, int] = Field(default_factory=lambda: dict(METRICS), min_length=1)
+    judge: JudgeRule | None = None
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     max_client_flops: int | None = Field(default=None, gt=0)
     batch: int = Field(default=128, gt=0)
@@ -257,6 +289,15 @@ class Protocol(Parameters):
             raise ValueError(f"recipe.crop is {self.recipe.crop}, but images have {size} pixels")
         if "ssim" in self.metrics and size < SSIM_WINDOW:
             raise ValueError(f"ssim needs images of {SSIM_WINDOW} pixels or more, not {size}")
+        if self.judge is not None:
+            if size < JUDGED_SIDE:
+                raise ValueError(
+                    f"a judge needs images of {JUDGED_SIDE} pixels or more, not {size}"
+                )
+            if self.judge.recipe.crop >= size:
+                raise ValueError(
+                    f"judge.recipe.crop is {self.judge.recipe.crop}, but images have {size} pixels"
+                )
         found = self.data.strength
         if found != self.adversary.auxiliary:
             raise ValueError(
@@ -267,9 +308,10 @@ class Protocol(Parameters):
 
     @cached_property
     def content_id(self) -> str:
-        """Hash of every value that can change a result.
+        """Hash of every value that can change what a run makes.
 
-        Titles and time estimates cannot, and references judge a result that is there.
+        Titles and time estimates cannot; references, metrics and the judge rate what is there, see
+        `SILENT`.
 
         Values at their default are left out, so that a field that is added later, with a default
         that keeps its absence's meaning, changes no released id.
@@ -282,20 +324,24 @@ class Protocol(Parameters):
         """Whether results can stand on a leaderboard: a released protocol of a ranked track."""
         if self.track not in ("lite", "standard") or self.id not in released():
             return False
-        return self.content_id == load_protocol(self.id).content_id
+        return not self.changes
 
     @property
     def changes(self) -> list[str]:
         """Names what differs from the released protocol of this id; empty if there is none."""
         if self.id not in released():
             return []
-        mine, theirs = self.described(), load_protocol(self.id).described()
+        mine, theirs = self.recorded(), load_protocol(self.id).recorded()
         # As JSON: 1 and 1.0 are equal in Python and have different ids.
         return [key for key in mine if canonical_json(mine[key]) != canonical_json(theirs[key])]
 
     def described(self) -> dict[str, JsonValue]:
-        """Returns every value that can change a result, defaults spelled out."""
+        """Returns every value that the content id sees, defaults spelled out."""
         return self.model_dump(mode="json", exclude=SILENT)
+
+    def recorded(self) -> dict[str, JsonValue]:
+        """Returns every value that a rerun needs: `described`, the metrics and the judge."""
+        return self.model_dump(mode="json", exclude=UNRECORDED)
 
     def changed(self, values: Mapping[str, Json]) -> Protocol:
         """Returns this protocol with other values, such as those of the command line; never ranked.

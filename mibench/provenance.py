@@ -11,7 +11,10 @@ from pydantic import JsonValue
 
 from mibench import __version__
 
-PACKAGES = ("torch", "torchvision", "timm", "diffusers", "lpips", "datasets", "numpy", "pydantic")
+PACKAGES = (
+    "torch", "torchvision", "timm", "diffusers", "lpips", "pytorch-fid", "datasets", "numpy",
+    "pydantic",
+)  # fmt: skip
 
 
 def provenance(device: str, threads: int) -> dict[str, JsonValue]:

@@ -22,6 +22,7 @@ from mibench.controls import blind_guesses
 from mibench.data.roles import Roles, load_roles
 from mibench.errors import DataError, RecordError
 from mibench.evaluate import Result, data_facts
+from mibench.exhibit import Case, open_case
 from mibench.files import Json
 from mibench.job import UNDEFENDED as BARE
 from mibench.outputs import (
@@ -31,12 +32,12 @@ from mibench.outputs import (
     RECONSTRUCTIONS,
     UNDEFENDED,
 )
-from mibench.protocol import Protocol
+from mibench.protocol import Protocol, load_protocol, released
 from mibench.provenance import PACKAGES, package_version, revision
 from mibench.record import FORMAT, Calibration, Record, Score, SuitePart, read_record
 from mibench.registry import metrics
 from mibench.reproduce import manifest_of, protocol_of, values_beside
-from mibench.scoring import Scores, leakage_scores, summed_up, unavailable
+from mibench.scoring import Scores, leakage_scores, score_sets, summed_up, unavailable
 from mibench.strike import Images, Judged, interval_seed, judged, worst_judged
 from mibench.verdict import PLACES, data_differences
 
@@ -64,13 +65,16 @@ class Rescored:
     refused: dict[str, str]
 
 
-def rescore(folder: Path, store: ArtifactStore, data_root: Path | None) -> Rescored:
+def rescore(
+    folder: Path, store: ArtifactStore, data_root: Path | None, device: str = "cpu"
+) -> Rescored:
     """Scores what lies in a run's folder with the present versions of the protocol's metrics.
 
     Args:
         folder: of a run that succeeded.
-        store: cache; decoded images are kept there.
+        store: cache; the judge is taken from there, or trained and put there.
         data_root: folder of datasets in the hub's layout, or None for the hub.
+        device: a PyTorch device.
 
     Raises:
         RecordError: the record is broken, or contradicts itself or the files beside it.
@@ -78,11 +82,20 @@ def rescore(folder: Path, store: ArtifactStore, data_root: Path | None) -> Resco
             those of the record.
     """
     record = _finished(folder)
-    protocol = protocol_of(record)
+    protocol = _present(protocol_of(record))
     torch.set_num_threads(protocol.threads)
     roles = load_roles(protocol.data, data_root, store.root)
     _refuse_other_data(record, protocol, roles)
-    return _rescored(folder, record, protocol, roles)
+    case = open_case(protocol, roles, store, device)
+    return _rescored(folder, record, protocol, roles, case, device)
+
+
+def _present(protocol: Protocol) -> Protocol:
+    """The protocol with the metrics and the judge that it has today, if it is a released one."""
+    if protocol.id not in released():
+        return protocol
+    today = load_protocol(protocol.id)
+    return today if today.content_id == protocol.content_id else protocol
 
 
 def _finished(folder: Path) -> Record:
@@ -97,7 +110,9 @@ def _finished(folder: Path) -> Record:
     return record
 
 
-def _rescored(folder: Path, record: Record, protocol: Protocol, roles: Roles) -> Rescored:
+def _rescored(
+    folder: Path, record: Record, protocol: Protocol, roles: Roles, case: Case, device: str
+) -> Rescored:
     changed, table = values_beside(record, folder)
     if changed:
         raise RecordError(f"{folder}: {changed[0].text}; restore it first")
@@ -106,22 +121,26 @@ def _rescored(folder: Path, record: Record, protocol: Protocol, roles: Roles) ->
     if list(table["sha256"]) != roles.attacked.hashes():
         raise RecordError(f"{folder}/per_image.parquet does not list the attacked images")
     seed, names = interval_seed(record.seed), tuple(protocol.metrics)
-    parts = _parts(folder, record, protocol, roles)
+    parts = _parts(folder, record, protocol, roles, case, device)
     shown = read_images(folder, RECONSTRUCTIONS, len(roles.attacked), record)
     images: Images | None = None
     controls: dict[str, Tensor] = {}
     suite = record.suite
     if parts and all(one.result.controls for one in parts.values()):
         results = {name: one.result for name, one in parts.items()}
-        found, controls, suite = _together(record, results, names, roles, seed)
+        found, controls, suite = _together(record, results, names, case, seed)
     elif not parts and PERMUTED in record.files:
         images = _stored(folder, record, shown, roles)
-        found, controls = judged(names, images, roles, seed), images.controls()
+        found, controls = judged(names, images, case, seed), images.controls()
     else:
         found = _kept(record, table, names, seed)
     kept = [] if controls else list(found.scores.per_image)
     refused = {} if controls else {name: NOT_STORED for name in names if name not in kept}
+    sets = {"attack": shown} if images is None else images.sets()
     new = _record(record, found, suite, protocol, {"kept": kept, "refused": refused})
+    if controls:
+        whole = score_sets(sets, case.attacked.originals, seed, device)
+        new = new.model_copy(update={"distribution": whole, "judge": case.judge})
     columns = _columns(found) | {
         f"{name}_{metric}": one.result.per_image[metric]
         for name, one in parts.items()
@@ -149,7 +168,9 @@ def _rescored(folder: Path, record: Record, protocol: Protocol, roles: Roles) ->
     )
 
 
-def _parts(folder: Path, record: Record, protocol: Protocol, roles: Roles) -> dict[str, Rescored]:
+def _parts(
+    folder: Path, record: Record, protocol: Protocol, roles: Roles, case: Case, device: str
+) -> dict[str, Rescored]:
     """The attacks of a suite, each from its own folder."""
     found = {}
     for part in record.suite:
@@ -162,7 +183,7 @@ def _parts(folder: Path, record: Record, protocol: Protocol, roles: Roles) -> di
         other = protocol_of(one).content_id != protocol.content_id
         if one.manifest != record.manifest or one.suite or other:
             raise RecordError(f"{place} holds another run than a part of {folder}")
-        found[part.attack] = _rescored(place, one, protocol, roles)
+        found[part.attack] = _rescored(place, one, protocol, roles, case, device)
     return found
 
 
@@ -265,7 +286,7 @@ def _together(
     record: Record,
     parts: Mapping[str, Result],
     names: tuple[str, ...],
-    roles: Roles,
+    case: Case,
     seed: int,
 ) -> tuple[Judged, dict[str, Tensor], list[SuitePart]]:
     """The worst of the parts for each image and metric, with controls and a line for each."""
@@ -287,7 +308,7 @@ def _together(
         },
         guesses,
         names,
-        roles,
+        case,
         seed,
     )
     suite = []
@@ -327,7 +348,10 @@ def _record(
     opened = record.model_copy(update={"format_version": FORMAT, "files": {}})
     return opened.completed(
         protocol=record.protocol.model_copy(
-            update={"ranked": record.protocol.ranked and not deviations and not weak}
+            update={
+                "ranked": record.protocol.ranked and not deviations and not weak,
+                "values": protocol.recorded(),
+            }
         ),
         deviations=deviations,
         scores=found.scores.summary,

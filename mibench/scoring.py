@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from mibench.errors import UnavailableError
+from mibench.exhibit import Exhibit
 from mibench.metrics.base import Metric
+from mibench.metrics.distribution import SET_METRICS, SetMetric
 from mibench.metrics.intervals import (
     Estimate,
     balanced_accuracy,
@@ -20,6 +24,8 @@ from mibench.metrics.intervals import (
 from mibench.record import AttributeScore, Score
 from mibench.registry import metrics
 from mibench.task import Attributes, Task
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,22 +57,36 @@ class Scores:
         return Scores(summary, per_image)
 
 
-def score(names: Sequence[str], images: Tensor, originals: Tensor, seed: int) -> Scores:
-    """Scores reconstructions (N, 3, H, W) in [0, 1] against their originals."""
+def score(names: Sequence[str], images: Tensor, exhibit: Exhibit, seed: int) -> Scores:
+    """Scores reconstructions (N, 3, H, W) in [0, 1] against what they are held against."""
     summary, per_image = [], {}
     for name in names:
         metric = _metric(name)
         try:
-            if name in _MISSING:
-                raise _MISSING[name]
-            values = metric(images, originals)
+            asked = metric.bound(exhibit)
+            values = _tried(name, partial(asked, images, exhibit.originals))
         except UnavailableError as error:
-            _MISSING[name] = error
             summary.append(_as_score(metric, Estimate(None, None, None, 0, str(error))))
             continue
         per_image[name] = values
         summary.append(_summed_up(metric, values, seed))
     return Scores(summary, per_image)
+
+
+def score_sets(
+    sets: Mapping[str, Tensor], originals: Tensor, seed: int, device: str
+) -> list[Score]:
+    """Scores each set of reconstructions (N, 3, H, W) as a whole; its name becomes the source."""
+    found = []
+    theirs = originals.to(device)
+    for source, images in sets.items():
+        for metric in SET_METRICS:
+            try:
+                estimate = _tried(metric.name, partial(metric, images, theirs, seed))
+            except UnavailableError as error:
+                estimate = Estimate(None, None, None, 0, str(error))
+            found.append(_as_score(metric, estimate).model_copy(update={"source": source}))
+    return found
 
 
 def worst_of(parts: Mapping[str, Scores], seed: int) -> tuple[Scores, dict[str, list[str]]]:
@@ -196,6 +216,17 @@ _LOADED: dict[str, Metric] = {}
 _MISSING: dict[str, UnavailableError] = {}
 
 
+def _tried(name: str, call: Callable[[], T]) -> T:
+    """Calls a metric, unless it is known to be out of reach here."""
+    if name in _MISSING:
+        raise _MISSING[name]
+    try:
+        return call()
+    except UnavailableError as error:
+        _MISSING[name] = error
+        raise
+
+
 def _summed_up(metric: Metric, values: Tensor, seed: int) -> Score:
     """Mean with its interval, and how bad it is for those whom it hits worst."""
     sign = 1 if metric.more_leakage == "higher" else -1
@@ -214,9 +245,9 @@ def unavailable(name: str, reason: str) -> Score:
     return _as_score(_metric(name), Estimate(None, None, None, 0, reason))
 
 
-def _as_score(metric: Metric, estimate: Estimate) -> Score:
+def _as_score(metric: Metric | SetMetric, estimate: Estimate) -> Score:
     return Score(
         metric=metric.name, version=metric.version, unit=metric.unit,
-        higher_is_better=metric.higher_is_better, value=estimate.value, ci_low=estimate.low,
-        ci_high=estimate.high, n=estimate.n, reason=estimate.reason,
+        higher_is_better=metric.more_leakage == "higher", value=estimate.value,
+        ci_low=estimate.low, ci_high=estimate.high, n=estimate.n, reason=estimate.reason,
     )  # fmt: skip

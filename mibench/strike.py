@@ -14,11 +14,12 @@ from mibench.assault import attack
 from mibench.controls import best_guess, blind_guesses
 from mibench.data.roles import Roles
 from mibench.deployment import Deployed
+from mibench.exhibit import Case
 from mibench.files import Json
 from mibench.gallery import FIRST_CHOICE
 from mibench.job import UNDEFENDED, Job
 from mibench.record import AdversaryFacts, Calibration, Convergence, Score, SuitePart
-from mibench.scoring import Scores, gained, leakage_scores, score, worst_of
+from mibench.scoring import Scores, gained, leakage_scores, score, score_sets, worst_of
 from mibench.stored import rounded
 
 CONVERGED = {"psnr": 0.5, "ssim": 0.02}
@@ -40,6 +41,10 @@ class Images:
     undefended: Tensor
     permuted: Tensor
     guesses: dict[str, Tensor]
+
+    def sets(self) -> dict[str, Tensor]:
+        """What is looked at as a whole."""
+        return {"attack": self.reconstructions, "undefended": self.undefended}
 
     def controls(self) -> dict[str, Tensor]:
         """The controls by name."""
@@ -105,6 +110,7 @@ class Strike:
         scores: of the reconstructions.
         undefended: of the same attack on the undefended split.
         permuted_scores: of the control.
+        distribution: what the reconstructions have as a set, on the defense and undefended.
         floor: of the best blind guess.
         calibration: whether the attack is as strong as it should be.
         convergence: whether twice the budget gains anything; None where that was not asked for.
@@ -123,6 +129,7 @@ class Strike:
     undefended: Scores
     permuted_scores: Scores
     floor: Scores
+    distribution: list[Score]
     calibration: list[Calibration]
     convergence: list[Convergence] | None
     seconds_per_image: float
@@ -154,6 +161,7 @@ def strike(
     deployed: Deployed,
     reference: Deployed,
     roles: Roles,
+    case: Case,
     store: ArtifactStore,
     device: str,
 ) -> Strike:
@@ -164,6 +172,7 @@ def strike(
         deployed: the trained defense.
         reference: the trained undefended split.
         roles: the images.
+        case: what the reconstructions are held against.
         store: cache of trained parts.
         device: a PyTorch device.
     """
@@ -180,14 +189,13 @@ def strike(
         guesses=blind_guesses(roles.auxiliary, len(roles.attacked)) | own,
     )
     names, seed = tuple(job.protocol.metrics), interval_seed(job.seed)
-    found = judged(names, images, roles, seed)
+    found = judged(names, images, case, seed)
     convergence = None
     if job.converge:
         gains: dict[str, float] = {}
         if job.budget():
             again = attack(job.doubled(), deployed, roles, store, device).from_true_shares()
-            originals = roles.attacked.images()
-            gains = gained(found.scores, score(names, rounded(again), originals, seed))
+            gains = gained(found.scores, score(names, rounded(again), case.attacked, seed))
         convergence = [_convergence(job, gains)]
     return Strike(
         adversary=assault.adversary,
@@ -200,6 +208,7 @@ def strike(
         undefended=found.undefended,
         permuted_scores=found.permuted,
         floor=found.floor,
+        distribution=score_sets(images.sets(), case.attacked.originals, seed, device),
         calibration=calibration(
             job.attack, found.undefended, job.protocol.references.get(job.built_in)
         ),
@@ -208,14 +217,13 @@ def strike(
     )
 
 
-def judged(names: Sequence[str], images: Images, roles: Roles, seed: int) -> Judged:
+def judged(names: Sequence[str], images: Images, case: Case, seed: int) -> Judged:
     """Scores an attack's images and those of its controls, against the attacked images."""
-    originals = roles.attacked.images()
     return Judged(
-        scores=score(names, images.reconstructions, originals, seed),
-        undefended=score(names, images.undefended, originals, seed),
-        permuted=score(names, images.permuted, originals, seed),
-        floor=best_guess(names, images.guesses, roles.validation, originals, seed),
+        scores=score(names, images.reconstructions, case.attacked, seed),
+        undefended=score(names, images.undefended, case.attacked, seed),
+        permuted=score(names, images.permuted, case.attacked, seed),
+        floor=best_guess(names, images.guesses, case, seed),
     )
 
 
@@ -223,7 +231,7 @@ def worst_judged(
     parts: Mapping[str, Judged],
     guesses: Mapping[str, Tensor],
     names: Sequence[str],
-    roles: Roles,
+    case: Case,
     seed: int,
 ) -> Worst:
     """Takes, for each image and metric, the most harmful of several attacks; for controls as well.
@@ -235,18 +243,18 @@ def worst_judged(
         parts: scores of the same images, by attack.
         guesses: all blind guesses by name.
         names: of the metrics.
-        roles: the images.
+        case: what the reconstructions are held against.
         seed: of the intervals.
     """
     scores, chosen = worst_of({name: one.scores for name, one in parts.items()}, seed)
     undefended, _ = worst_of({name: one.undefended for name, one in parts.items()}, seed)
     permuted, other = worst_of({name: one.permuted for name, one in parts.items()}, seed)
-    floor = best_guess(names, guesses, roles.validation, roles.attacked.images(), seed)
+    floor = best_guess(names, guesses, case, seed)
     return Worst(Judged(scores, undefended, permuted, floor), chosen, other)
 
 
 def worst_case(
-    strikes: Mapping[str, Strike], left_out: Mapping[str, str], job: Job, roles: Roles
+    strikes: Mapping[str, Strike], left_out: Mapping[str, str], job: Job, case: Case, device: str
 ) -> Strike:
     """Takes, for each image and metric, the most harmful of several attacks; for controls as well.
 
@@ -254,21 +262,24 @@ def worst_case(
         strikes: by attack, on the same images.
         left_out: attacks that do not apply to the defense, with the reason.
         job: the suite's.
-        roles: the images.
+        case: what the reconstructions are held against.
+        device: a PyTorch device.
     """
     guesses = {name: images for one in strikes.values() for name, images in one.guesses.items()}
+    seed = interval_seed(job.seed)
     found = worst_judged(
         {name: one.judged for name, one in strikes.items()},
         guesses,
         tuple(job.protocol.metrics),
-        roles,
-        interval_seed(job.seed),
+        case,
+        seed,
     )
+    rebuilt = found.shown({k: one.reconstructions for k, one in strikes.items()})
     asked = [one.convergence for one in strikes.values() if one.convergence is not None]
     return Strike(
         adversary=_together([one.adversary for one in strikes.values()]),
         facts={},
-        reconstructions=found.shown({k: one.reconstructions for k, one in strikes.items()}),
+        reconstructions=rebuilt,
         permuted=found.shown_control({k: one.permuted for k, one in strikes.items()}),
         guesses=guesses,
         undefended_images=None,
@@ -276,6 +287,7 @@ def worst_case(
         undefended=found.judged.undefended,
         permuted_scores=found.judged.permuted,
         floor=found.judged.floor,
+        distribution=score_sets({"attack": rebuilt}, case.attacked.originals, seed, device),
         # Of several coalitions, each met the same undefended split.
         calibration=list(
             {entry.attack: entry for one in strikes.values() for entry in one.calibration}.values()

@@ -43,8 +43,8 @@ class Difference:
 
     Attributes:
         place: where on the way: ``record``, ``protocol``, ``data``, ``code``, ``packages``,
-            ``machine``, ``initial weights``, ``trained weights``, ``servers``, ``per image`` or
-            ``means``.
+            ``machine``, ``initial weights``, ``trained weights``, ``servers``, ``judge``,
+            ``per image`` or ``means``.
         text: what was there and what is here.
     """
 
@@ -163,6 +163,10 @@ def on_the_way(before: Record, after: Record) -> Iterator[Difference]:
         read = [one.adversary.corrupted for one in (before, after) if one.adversary is not None]
         if read[0] != read[1]:
             yield Difference("servers", f"{read[0]} attacked in the record, {read[1]} here")
+    if before.judge is not None and after.judge is not None:
+        judges = [one.judge.weights for one in (before, after) if one.judge is not None]
+        if judges[0] != judges[1]:
+            yield Difference("judge", f"weights {judges[0]} in the record, {judges[1]} here")
 
 
 def data_differences(before: Record, after: Record) -> Iterator[Difference]:

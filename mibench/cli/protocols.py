@@ -52,7 +52,7 @@ def list_protocols(
 def show_protocol(
     name: Name,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Only the values that can change a result, as JSON.")
+        bool, typer.Option("--json", help="Only what a result rests on, as JSON.")
     ] = False,
 ) -> None:
     """Show everything that a protocol fixes, as a YAML file with all defaults spelled out."""
@@ -65,7 +65,7 @@ def show_protocol(
 
     protocol = load_protocol(name)
     if as_json:
-        typer.echo(pretty_json(protocol.described()), nl=False)
+        typer.echo(pretty_json(protocol.recorded()), nl=False)
         return
     head = (
         f"content id {protocol.content_id}, {standing(protocol)}",
@@ -92,7 +92,7 @@ def diff_protocols(one: Name, other: Name) -> None:
     from mibench.protocol import load_protocol
 
     left, right = load_protocol(one), load_protocol(other)
-    found = list(differences(left.described(), right.described()))
+    found = list(differences(left.recorded(), right.recorded()))
     console = make_console()
     if not found:
         console.print(

@@ -78,6 +78,8 @@ def _block(protocol: Protocol) -> Iterable[str]:
     yield _item("Client", f"at most {budget:,} FLOPs per image" if budget else "no budget")
     scores = ", ".join(f"{name} (version {n})" for name, n in protocol.metrics.items())
     yield _item("Scores", scores)
+    judge = protocol.judge
+    yield _item("Judge", f"`{flow(judge.model_dump(mode='json'))}`" if judge else "nobody")
     yield _item(
         "Seeds",
         f"{', '.join(map(str, protocol.seeds))}; batches of {protocol.batch} when attacking, "

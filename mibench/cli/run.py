@@ -210,8 +210,9 @@ def estimate_minutes(
 ) -> float | None:
     """Returns about how many minutes a run takes on two CPU cores; None where nobody measured.
 
-    All but what an attack learns once for all targets counts twice for a defended run: the
-    undefended reference is trained and attacked too. Each coalition is attacked on its own.
+    All but the judge, and what an attack learns once for all targets, counts twice for a defended
+    run: the undefended reference is trained and attacked too. Each coalition is attacked on its
+    own.
     """
     from mibench.job import SUITE
 
@@ -223,8 +224,8 @@ def estimate_minutes(
     per_target = times["defense"] + attacking
     # What several attacks of a suite learn once, such as a prior, they share.
     once = max(times.get(f"{name} once", 0.0) for name in names)
-    again = (coalitions - 1) * attacking
-    return per_target * (1 if defense == "none" else 2) + again + once
+    once += (coalitions - 1) * attacking
+    return per_target * (1 if defense == "none" else 2) + once + times.get("judge", 0.0)
 
 
 def _check_names(

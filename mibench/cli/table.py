@@ -13,7 +13,7 @@ from rich.table import Table
 
 from mibench.record import AdversaryFacts, Cost, Record, Score
 
-DIGITS = {"mse": 4, "psnr": 2}
+DIGITS = {"mse": 4, "psnr": 2, "fid": 1, "kid": 4}
 """Decimals by metric; all others have three."""
 
 
@@ -43,20 +43,24 @@ def print_record(console: Console, record: Record) -> None:
 def _scores(record: Record) -> Table:
     images = max((score.n for score in record.scores), default=0)
     table = Table(
-        title=f"Leakage of {images} private images, means with 95 % intervals",
+        title=f"Leakage of {images} private images: mean with its 95 % interval, median, what 5 % "
+        "exceed, the worst;\nnormalised leakage: 0 is a blind guess, 1 the undefended split",
         title_justify="left",
+        pad_edge=False,
     )
     table.add_column("metric")
-    table.add_column("images compared with the originals")
+    table.add_column("images compared")
     table.add_column("mean", justify="right")
     table.add_column("95 % interval")
+    for name in ("median", "p95", "worst"):
+        table.add_column(name, justify="right")
     for index, score in enumerate(record.scores):
         rows = [
             ("undefended, same attack", record.undefended[index]),
             (record.defense.name, score),
             (f"blind guess ({record.prior_only[index].source})", record.prior_only[index]),
             ("attack on permuted shares", record.permuted[index]),
-            ("normalised leakage (0 guess, 1 undefended)", record.leakage[index]),
+            ("normalised leakage", record.leakage[index]),
         ]
         head = _head(score)
         if all(one.value is None for _, one in rows):
@@ -66,7 +70,8 @@ def _scores(record: Record) -> Table:
             digits = DIGITS.get(one.metric, 3)
             last = at == len(rows) - 1
             first = head[at] if at < len(head) else ""
-            table.add_row(first, label, *_cells(one, digits), end_section=last)
+            spread = ["" if v is None else f"{v:.{digits}f}" for v in (one.p50, one.p95, one.worst)]
+            table.add_row(first, label, *_cells(one, digits), *spread, end_section=last)
     return table
 
 
@@ -87,6 +92,8 @@ def _cells(score: Score, digits: int) -> tuple[str, str]:
 
 def _below(record: Record) -> Iterable[str]:
     yield from _reasons(record)
+    yield from _judge(record)
+    yield from _distribution(record)
     utility = {score.metric: score for score in record.utility}
     for name in ("accuracy", "balanced accuracy"):
         if name in utility:
@@ -132,6 +139,37 @@ def _reasons(record: Record) -> Iterable[str]:
         yield f"No number for {', '.join(kept)}: {reason}"
 
 
+def _judge(record: Record) -> Iterable[str]:
+    """Who recognised the images, and how far it can be trusted."""
+    judge = record.judge
+    if judge is None:
+        return
+    among = f"; it seeks them among {judge.gallery:,}" if judge.gallery else ""
+    yield (
+        f"Judge of what is recognised: {judge.backbone.name}, learned from the {judge.trained_on} "
+        f"images, tells {100 * judge.accuracy:.1f} % of the originals rightly{among}"
+    )
+
+
+def _distribution(record: Record) -> Iterable[str]:
+    """Scores of the reconstructions as a set, or why there are none."""
+    by_name: dict[str, list[Score]] = {}
+    for score in record.distribution:
+        by_name.setdefault(score.metric, []).append(score)
+    for name, scores in by_name.items():
+        told = [
+            f"{one.source} {value}" + (f" ({interval})" if one.ci_low is not None else "")
+            for one in scores
+            if one.value is not None
+            for value, interval in [_cells(one, DIGITS.get(name, 3))]
+        ]
+        if told:
+            way = "higher" if scores[0].higher_is_better else "lower"
+            yield f"{name.upper()} of the images as a set: {', '.join(told)}; {way} = more leaked"
+        else:
+            yield f"No number for {name}: {scores[0].reason}"
+
+
 def _accuracy(name: str, defended: Score, undefended: Score) -> str:
     name = name.capitalize()
     if defended.value is None or undefended.value is None:
@@ -146,14 +184,17 @@ def _accuracy(name: str, defended: Score, undefended: Score) -> str:
 def _suite(record: Record) -> Iterable[str]:
     """What each attack of a suite did alone."""
     if record.suite:
-        yield "For each image and metric, the worst of these attacks:"
+        yield (
+            "For each image and metric, the worst of these attacks (in brackets: for what share of "
+            "the images it was the worst):"
+        )
     for part in record.suite:
         if part.reason is not None:
             yield f"  {part.attack}: left out, {part.reason}"
             continue
         told = [
             f"{one.metric.upper()} {one.value:.{DIGITS.get(one.metric, 3)}f} "
-            f"(worst for {100 * part.share_of_worst[one.metric]:.0f} % of the images)"
+            f"({100 * part.share_of_worst[one.metric]:.0f} %)"
             for one in part.scores
             if one.value is not None
         ]

@@ -1,12 +1,15 @@
 """The contract of every metric that compares reconstructions with originals."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal, final
+from typing import TYPE_CHECKING, ClassVar, Literal, final
 
 import torch
 from torch import Tensor
 
 from mibench.errors import PluginError
+
+if TYPE_CHECKING:
+    from mibench.exhibit import Exhibit
 
 _RANGE_TOLERANCE = 1e-4
 
@@ -40,6 +43,17 @@ class Metric(ABC):
         """True when a higher value means a reconstruction nearer to the original."""
         return self.more_leakage == "higher"
 
+    def bound(self, exhibit: "Exhibit") -> "Metric":  # noqa: ARG002 - for those that need it
+        """Returns the metric that is called: this one, if a pair of images is all that it needs.
+
+        Args:
+            exhibit: the originals with whatever else is known of them.
+
+        Raises:
+            UnavailableError: If the exhibit lacks what the metric needs.
+        """
+        return self
+
     @final
     @torch.no_grad()
     def __call__(self, reconstructions: Tensor, originals: Tensor) -> Tensor:
@@ -57,16 +71,10 @@ class Metric(ABC):
                 float dtype, not finite, or outside [0, 1] by more than 1e-4.
             PluginError: If ``per_image`` does not return one finite number per image.
         """
-        if reconstructions.shape != originals.shape:
-            raise ValueError(
-                f"{self.name}: reconstructions have shape {tuple(reconstructions.shape)} "
-                f"but originals {tuple(originals.shape)}"
-            )
-        self._check(reconstructions, "reconstructions")
-        self._check(originals, "originals")
+        check_pair(self.name, reconstructions, originals)
         scores = [
             self._checked_scores(
-                self.per_image(_prepare(a, originals.device), _prepare(b, originals.device)),
+                self.per_image(prepare(a, originals.device), prepare(b, originals.device)),
                 len(a),
             )
             for a, b in zip(
@@ -89,23 +97,6 @@ class Metric(ABC):
             Scores, (n,), each depending on its own pair of images alone.
         """
 
-    def _check(self, images: Tensor, what: str) -> None:
-        if images.ndim != 4 or images.shape[1] != 3 or images.numel() == 0:
-            raise ValueError(
-                f"{self.name}: {what} must be (N, 3, H, W) with N > 0, got {tuple(images.shape)}"
-            )
-        if not images.is_floating_point():
-            raise ValueError(
-                f"{self.name}: {what} must be of a float dtype in [0, 1], got {images.dtype}"
-            )
-        low, high = (float(extreme) for extreme in images.aminmax())
-        # A NaN anywhere makes both extremes NaN, and every comparison with NaN is false.
-        if not (low >= -_RANGE_TOLERANCE and high <= 1 + _RANGE_TOLERANCE):
-            raise ValueError(
-                f"{self.name}: {what} must be finite and lie in [0, 1], "
-                f"got values from {low:g} to {high:g}"
-            )
-
     def _checked_scores(self, scores: Tensor, n: int) -> Tensor:
         if scores.shape != (n,):
             raise PluginError(
@@ -118,6 +109,43 @@ class Metric(ABC):
         return scores
 
 
-def _prepare(images: Tensor, device: torch.device) -> Tensor:
+def check_pair(name: str, reconstructions: Tensor, originals: Tensor) -> None:
+    """Refuses what no metric may compare.
+
+    Args:
+        name: the metric's, for messages.
+        reconstructions: should be (N, 3, H, W) in [0, 1], of a float dtype.
+        originals: should have the same shape and range.
+
+    Raises:
+        ValueError: If the two differ in shape, or either is empty, not (N, 3, H, W), not of a
+            float dtype, not finite, or outside [0, 1] by more than 1e-4.
+    """
+    if reconstructions.shape != originals.shape:
+        raise ValueError(
+            f"{name}: reconstructions have shape {tuple(reconstructions.shape)} "
+            f"but originals {tuple(originals.shape)}"
+        )
+    _check(name, reconstructions, "reconstructions")
+    _check(name, originals, "originals")
+
+
+def _check(name: str, images: Tensor, what: str) -> None:
+    if images.ndim != 4 or images.shape[1] != 3 or images.numel() == 0:
+        raise ValueError(
+            f"{name}: {what} must be (N, 3, H, W) with N > 0, got {tuple(images.shape)}"
+        )
+    if not images.is_floating_point():
+        raise ValueError(f"{name}: {what} must be of a float dtype in [0, 1], got {images.dtype}")
+    low, high = (float(extreme) for extreme in images.aminmax())
+    # A NaN anywhere makes both extremes NaN, and every comparison with NaN is false.
+    if not (low >= -_RANGE_TOLERANCE and high <= 1 + _RANGE_TOLERANCE):
+        raise ValueError(
+            f"{name}: {what} must be finite and lie in [0, 1], got values from {low:g} to {high:g}"
+        )
+
+
+def prepare(images: Tensor, device: torch.device) -> Tensor:
+    """Returns checked images as float32 in [0, 1] on a device."""
     # Clamping removes rounding within the tolerance, so that the bounds of the metrics hold.
     return images.to(device=device, dtype=torch.float32).clamp(0, 1)

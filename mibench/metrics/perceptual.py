@@ -1,13 +1,9 @@
 """Perceptual distance: LPIPS with its official weights or not at all."""
 
-import hashlib
-import http.client
-import pickle
 import warnings
 from functools import cache
 from importlib import resources
 from math import inf
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -16,6 +12,7 @@ from torch.nn.functional import interpolate
 
 from mibench.errors import UnavailableError
 from mibench.metrics.base import Metric
+from mibench.metrics.weights import obtain
 from mibench.registry import metrics
 
 _BACKBONE_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
@@ -93,33 +90,9 @@ def _network() -> nn.Module:
 
 
 def _obtain_backbone() -> None:
-    """Put torchvision's AlexNet weights where the lpips package looks for them, and check them.
-
-    The package would load whatever has the right name, unpickling code and all. So the file is
-    hashed and loaded without code here first, downloaded if need be.
+    """Puts torchvision's AlexNet weights where the lpips package looks for them.
 
     Raises:
         UnavailableError: If the file can be neither read nor downloaded, or is another file.
     """
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    path = folder / _BACKBONE_URL.rsplit("/", 1)[-1]
-    advice = f"download {_BACKBONE_URL} elsewhere and put it in {folder}, or leave lpips out"
-    try:
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(
-                _BACKBONE_URL, str(path), hash_prefix=_BACKBONE_SHA256, progress=False
-            )
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if not digest.startswith(_BACKBONE_SHA256):
-            raise UnavailableError(
-                f"lpips: {path} is not the official AlexNet (its SHA-256 begins with "
-                f"{digest[:8]}, not {_BACKBONE_SHA256}); delete it and {advice}"
-            )
-        torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, http.client.HTTPException, pickle.UnpicklingError) as error:
-        problem = str(error).partition("\n")[0]
-        raise UnavailableError(
-            f"lpips needs AlexNet's weights, which cannot be had here ({problem}): {advice}"
-        ) from error
+    obtain("lpips", "AlexNet", _BACKBONE_URL, _BACKBONE_SHA256)

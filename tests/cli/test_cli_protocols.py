@@ -149,7 +149,7 @@ def test_show_says_why_a_file_is_not_ranked(invoke, tmp_path, name, reason):
 
 def test_json_is_the_values_and_nothing_else(invoke):
     done = invoke("protocols", "show", LITE, "--json")
-    assert json.loads(done.stdout) == load_protocol(LITE).described()
+    assert json.loads(done.stdout) == load_protocol(LITE).recorded()
     assert done.stderr == ""
 
 

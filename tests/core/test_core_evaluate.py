@@ -497,7 +497,7 @@ def test_images_other_than_the_protocols_are_named(shared):
 
 def test_a_record_says_alone_what_its_protocol_fixes(shared):
     record = run(job(), shared).record
-    assert record.protocol.values == protocol().described()
+    assert record.protocol.values == protocol().recorded()
     assert record.protocol.values["backbone"]["split_point"] == "stem"
 
 

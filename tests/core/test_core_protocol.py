@@ -13,11 +13,11 @@ from released import add
 
 from mibench.errors import InvalidParamsError, MibenchError, UnknownNameError
 from mibench.params import build
-from mibench.protocol import DataRule, Protocol, RoleRule, load_protocol, released
+from mibench.protocol import METRICS, DataRule, Protocol, RoleRule, load_protocol, released
 
 ROLES = ("train", "auxiliary", "validation", "private")
-SILENT = {"title", "references", "minutes"}
-"""Top-level keys that cannot change a result."""
+SILENT = {"title", "references", "minutes", "metrics", "judge"}
+"""Top-level keys that the content id does not see."""
 
 BASE = {
     "id": "toy-v1",
@@ -36,6 +36,7 @@ BASE = {
     "recipe": {"steps": 5, "clip": 1.0},
     "adversary": {"knowledge": "white_box", "coalition": 1},
     "attacks": {"decoder": {"steps": 10, "batch": 4}},
+    "judge": {"recipe": {"steps": 5}},
     "seeds": [0, 1],
     "max_client_flops": 1000,
     "references": {"decoder": 30.0},
@@ -318,10 +319,47 @@ def test_a_value_that_could_only_fail_later_is_refused_at_once(path, value, word
 
 
 def test_ssim_needs_images_as_large_as_its_window():
-    small = {("data", "image_size"): 8, ("recipe", "crop"): 0}
+    small = {("data", "image_size"): 8, ("recipe", "crop"): 0, ("judge",): None}
     with pytest.raises(InvalidParamsError, match="ssim needs images of 11 pixels"):
         made(edited(small | {("metrics",): {"ssim": 1}}))
     assert made(edited(small | {("metrics",): {"psnr": 1}})).data.image_size == 8
+
+
+def test_a_judge_needs_images_that_it_can_look_at():
+    small = {("data", "image_size"): 7, ("recipe", "crop"): 0, ("metrics",): {"psnr": 1}}
+    with pytest.raises(InvalidParamsError, match="a judge needs images of 8 pixels"):
+        made(edited(small))
+    with pytest.raises(InvalidParamsError, match=r"judge\.recipe\.crop is 32"):
+        made(edited({("judge", "recipe", "crop"): 32}))
+
+
+def test_metrics_and_judge_are_recorded_though_the_content_id_does_not_see_them():
+    other = made(edited({("metrics",): {"mse": 1}, ("judge",): None}))
+    assert other.content_id == made(FULL).content_id
+    assert other.described() == made(FULL).described()
+    assert other.recorded()["metrics"] == {"mse": 1}
+    assert other.recorded()["judge"] is None
+    again = build(Protocol, {**made(FULL).recorded(), "title": FULL["title"]}, "again")
+    assert again.recorded() == made(FULL).recorded()
+
+
+def test_another_judge_or_other_metrics_are_a_change_that_is_not_ranked():
+    judge = load_protocol(RANKED).judge.model_dump(mode="json")
+    weaker = altered(RANKED, judge=judge | {"width": 1})
+    fewer = altered(RANKED, metrics={"psnr": 1})
+    assert (weaker.changes, fewer.changes) == (["judge"], ["metrics"])
+    assert not weaker.ranked
+    assert not fewer.ranked
+    assert weaker.content_id == fewer.content_id == load_protocol(RANKED).content_id
+
+
+@pytest.mark.parametrize("name", released())
+def test_every_released_protocol_has_a_judge_and_scores_that_ask_it(name):
+    protocol = load_protocol(name)
+    assert protocol.judge is not None
+    assert protocol.metrics == METRICS
+    if protocol.ranked:
+        assert protocol.judge.gallery >= 1000
 
 
 @pytest.mark.parametrize("role", ["auxiliary", "validation"])

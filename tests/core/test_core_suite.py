@@ -9,6 +9,7 @@ from mibench import strike
 from mibench.artifacts import ArtifactStore
 from mibench.errors import InvalidParamsError, NotApplicableError
 from mibench.evaluate import evaluate
+from mibench.exhibit import Exhibit
 from mibench.job import SUITE, Job
 from mibench.outputs import write_result
 from mibench.params import build
@@ -186,14 +187,15 @@ def test_worst_and_gained_follow_the_direction_of_each_metric():
     mixed = torch.stack([near[0], far[1], near[2]])
     other = torch.stack([far[0], near[1], far[2]])
     names = ("mse", "psnr", "ssim")
-    parts = {"a": score(names, mixed, originals, 0), "b": score(names, other, originals, 0)}
+    exhibit = Exhibit(originals)
+    parts = {"a": score(names, mixed, exhibit, 0), "b": score(names, other, exhibit, 0)}
     worst, chosen = worst_of(parts, 0)
-    best = score(names, near, originals, 0)
+    best = score(names, near, exhibit, 0)
     for name in names:
         assert chosen[name] == ["a", "b", "a"]
         assert torch.equal(worst.per_image[name], best.per_image[name])
     assert worst.summary == best.summary
-    assert all(value > 0 for value in gained(score(names, far, originals, 0), best).values())
+    assert all(value > 0 for value in gained(score(names, far, exhibit, 0), best).values())
     assert isinstance(worst, Scores)
 
 

@@ -26,7 +26,7 @@ def golden(protocol: Protocol) -> dict[str, Json]:
     """What a golden file holds: the content id, and all values with their defaults."""
     return {
         "content": protocol.content_id,
-        "values": protocol.described(),
+        "values": protocol.recorded(),
         "components": components(protocol),
     }
 
