@@ -18,12 +18,13 @@ from mibench.attacks.ridge import Reader, ridge_error, shrink
 from mibench.controls import permute
 from mibench.data.roles import Roles
 from mibench.data.sets import ImageSet
-from mibench.defenses.base import Shares
+from mibench.defenses.base import Defense, Shares
 from mibench.deployment import Deployed, hash_tensors
-from mibench.errors import DataError, PluginError, blaming
+from mibench.errors import DataError, InvalidParamsError, PluginError, blaming
 from mibench.files import Json
 from mibench.job import Job
 from mibench.params import build
+from mibench.protocol import AdversaryRule
 from mibench.record import AdversaryFacts
 from mibench.registry import attacks, fingerprint
 from mibench.threat import Adversary, Target, broken_messages, mended
@@ -130,7 +131,7 @@ def attack(
     """
     protocol = job.protocol
     _check_images(job, roles)
-    adversary, screening = _worst_adversary(job, deployed, roles, store, device)
+    adversary, screening = _chosen_adversary(job, deployed, roles, store, device)
     target = Target(deployed.defense, adversary, deployed.identity)
     method = attacks.load(job.attack)
     params = build(method.Params, job.merged_attack_params(), f"attack {job.attack}")
@@ -156,6 +157,7 @@ def attack(
             auxiliary=protocol.adversary.auxiliary,
             screening=screening,
             broken=broken,
+            coalitions=[] if job.coalition is None else [list(job.coalition)],
         ),
         shares=received,
         spec={
@@ -168,16 +170,28 @@ def attack(
     )
 
 
-def _worst_adversary(
+def coalitions_of(rule: AdversaryRule, defense: Defense) -> list[tuple[int, ...]]:
+    """All coalitions of the protocol's size among the servers of a defense."""
+    together = min(rule.coalition, defense.servers)
+    return list(itertools.combinations(range(defense.servers), together))
+
+
+def _chosen_adversary(
     job: Job, deployed: Deployed, roles: Roles, store: ArtifactStore, device: str
 ) -> tuple[Adversary, dict[str, float]]:
     """Screens all coalitions of the protocol's size by ridge regression and picks the worst.
 
-    Every attack meets the same adversary, so the errors are kept.
+    Every attack meets the same adversary, so the errors are kept. A coalition that the job names
+    is taken instead, whatever its error.
     """
-    rule, defense = job.protocol.adversary, deployed.defense
-    together = min(rule.coalition, defense.servers)
-    coalitions = list(itertools.combinations(range(defense.servers), together))
+    rule = job.protocol.adversary
+    coalitions = coalitions_of(rule, deployed.defense)
+    if job.coalition is not None and job.coalition not in coalitions:
+        raise InvalidParamsError(
+            f"there is no coalition {'+'.join(map(str, job.coalition))} of defense {job.defense}; "
+            f"protocol {job.protocol.id} allows "
+            f"{', '.join('+'.join(map(str, servers)) for servers in coalitions)}"
+        )
     if len(coalitions) == 1:
         return Adversary(rule.knowledge, coalitions[0], rule.transmissions), {}
     names = {"+".join(map(str, coalition)): coalition for coalition in coalitions}
@@ -201,8 +215,8 @@ def _worst_adversary(
 
     kept = cast("Mapping[str, float]", store.fetch("screening", spec, make).facts["errors"])
     errors = {name: kept[name] for name in names}
-    worst = names[min(errors, key=errors.__getitem__)]
-    return Adversary(rule.knowledge, worst, rule.transmissions), errors
+    chosen = job.coalition or names[min(errors, key=errors.__getitem__)]
+    return Adversary(rule.knowledge, chosen, rule.transmissions), errors
 
 
 def _screened(

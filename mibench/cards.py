@@ -463,7 +463,7 @@ def _rounded(seconds: float | None) -> float | None:
 
 
 def _is_plain(name: str, value: JsonValue) -> bool:
-    if name in ("artifact", "initial_weights", "steps", "losses"):
+    if name in ("artifact", "initial_weights", "trained_weights", "steps", "losses"):
         return False
     return not isinstance(value, list | dict) or len(str(value)) <= 80
 

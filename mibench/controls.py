@@ -15,6 +15,7 @@ from mibench.data.sets import ImageSet
 from mibench.defenses.base import Shares
 from mibench.exhibit import Case
 from mibench.scoring import Scores, score
+from mibench.stored import rounded
 
 
 def blind_guesses(auxiliary: ImageSet, count: int) -> dict[str, Tensor]:
@@ -36,7 +37,7 @@ def blind_guesses(auxiliary: ImageSet, count: int) -> dict[str, Tensor]:
     nearest = int(torch.cat(distances).argmin())
     typical = auxiliary.images(slice(nearest, nearest + 1))[0]
     return {
-        "mean-image": mean.expand(count, *mean.shape),
+        "mean-image": rounded(mean[None]).expand(count, *mean.shape),
         "typical-image": typical.expand(count, *typical.shape),
     }
 

@@ -130,7 +130,12 @@ def fit(job: Job, roles: Roles, store: ArtifactStore, device: str) -> Deployed:
         defense=defense,
         weights=weights,
         identity=content_id({**made_of, "weights": weights}),
-        facts={"artifact": artifact.key, "initial_weights": initial, **artifact.facts},
+        facts={
+            "artifact": artifact.key,
+            "initial_weights": initial,
+            "trained_weights": weights,
+            **artifact.facts,
+        },
     )
 
 

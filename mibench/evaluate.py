@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mibench.artifacts import ArtifactStore
+from mibench.assault import coalitions_of
 from mibench.attacks.base import Attack
 from mibench.data.roles import Roles, load_roles
 from mibench.data.sets import ImageSet
@@ -57,7 +58,8 @@ class Result:
         reconstructions: what the attack made of them, (N, 3, H, W) in [0, 1].
         controls: images of the same shape by control.
         per_image: values (N,) by metric.
-        parts: of a suite, the result of each attack alone.
+        parts: of a suite, or of every coalition, the result of each attack alone.
+        undefended: what the attack made of the undefended split; None of several attacks together.
     """
 
     record: Record
@@ -68,6 +70,7 @@ class Result:
     controls: dict[str, Tensor]
     per_image: dict[str, Tensor]
     parts: Mapping[str, Result] = field(default_factory=dict)
+    undefended: Tensor | None = None
 
 
 def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str) -> Result:
@@ -92,14 +95,14 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
     reference = deployed if bare else fit(job.undefended(), roles, store, device)
 
     case = open_case(job.protocol, roles, store, device)
-    jobs = {one.attack: one for one in job.single()}
+    jobs = job.against(coalitions_of(job.protocol.adversary, deployed.defense))
     strikes: dict[str, Strike] = {}
     left_out: dict[str, str] = {}
     for name, one in jobs.items():
         try:
             strikes[name] = strike(one, deployed, reference, roles, case, store, device)
         except NotApplicableError as error:
-            if not job.suite:
+            if len(jobs) == 1:
                 raise
             left_out[name] = str(error)
     if not strikes:
@@ -121,7 +124,7 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
             undefended=struck.undefended.summary,
             prior_only=struck.floor.summary,
             permuted=struck.permuted_scores.summary,
-            leakage=struck.leakage(interval_seed(job)),
+            leakage=struck.leakage(interval_seed(job.seed)),
             distribution=struck.distribution,
             judge=case.judge,
             calibration=struck.calibration,
@@ -140,11 +143,12 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
             originals=roles.attacked,
             reconstructions=struck.reconstructions,
             controls={"permuted": struck.permuted, **struck.guesses},
+            undefended=struck.undefended_images,
             per_image={**struck.columns(), "correct": model.correct[roles.chosen]},
             parts=parts,
         )
 
-    if not job.suite:
+    if not job.suite and list(jobs) == [job.attack]:
         return result(opened, strikes[job.attack], {})
     parts = {
         name: result(open_record(jobs[name], device), one, {}) for name, one in strikes.items()
@@ -164,7 +168,7 @@ class _Model:
 
 def _of_the_model(job: Job, deployed: Deployed, reference: Deployed, roles: Roles) -> _Model:
     batch, task, labels = job.protocol.batch, roles.task, roles.private.labels
-    seed = interval_seed(job)
+    seed = interval_seed(job.seed)
     told = answers(deployed.defense, roles.private, batch)
     bare = deployed is reference
     told_undefended = told if bare else answers(reference.defense, roles.private, batch)
@@ -177,7 +181,7 @@ def _of_the_model(job: Job, deployed: Deployed, reference: Deployed, roles: Role
     spent = cost(deployed.defense, reference.defense, roles.attacked, seed, seconds)
     return _Model(
         fields={
-            "data": _data_facts(job.protocol, roles),
+            "data": data_facts(job.protocol, roles),
             "manifest": hashlib.sha256(manifest_text(manifest)).hexdigest(),
             "utility": [
                 *utility_scores("", task, told, labels, seed),
@@ -257,7 +261,8 @@ def _suite(found: Mapping[str, Component]) -> Component:
     )
 
 
-def _data_facts(protocol: Protocol, roles: Roles) -> DataFacts:
+def data_facts(protocol: Protocol, roles: Roles) -> DataFacts:
+    """Returns which images play the protocol's roles here."""
     sets = {name: getattr(roles, name) for name in ROLES}
     return DataFacts(
         dataset=protocol.data.dataset,
@@ -285,6 +290,7 @@ def _component(cls: type, name: str, values: Mapping[str, Json]) -> Component:
         version=cls.version,  # type: ignore[attr-defined]
         code=code,
         params=params.model_dump(mode="json"),
+        location=name if ":" in name or name.endswith(".py") else None,
     )
 
 

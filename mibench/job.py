@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
@@ -17,6 +17,10 @@ UNDEFENDED = "none"
 """Name of the reference that leakage and accuracy are normalised by."""
 SUITE = "suite"
 """Stands for all attacks that the protocol names, and the worst of them for each image."""
+WEIGHTS_BY_HAND = "trained weights given by hand"
+"""First words of the deviation of a job with `Job.weights`."""
+EVERY_COALITION = "every coalition attacks, not only the worst by the screening"
+"""Deviation of a job with `Job.every_coalition`: a stronger adversary than the protocol's."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,9 @@ class Job:
     parameters lie beneath. ``weights`` is the folder of a trained defense to use instead of
     training one; a job with it is never ranked. The attack may be `SUITE`; ``attack_params`` then
     holds parameters by attack. With ``converge``, each attack is made a second time with twice its
-    budget, to see whether it had more to gain.
+    budget, to see whether it had more to gain. With ``every_coalition``, each coalition of the
+    protocol's size attacks, and not only the one that the screening finds worst; ``coalition`` is
+    one of them, named by its servers.
     """
 
     protocol: Protocol
@@ -38,6 +44,8 @@ class Job:
     seed: int = 0
     weights: Path | None = None
     converge: bool = False
+    every_coalition: bool = False
+    coalition: tuple[int, ...] | None = None
 
     @property
     def suite(self) -> bool:
@@ -61,6 +69,29 @@ class Job:
             replace(self, attack=name, attack_params=self._own_params(name))
             for name in self.protocol.attacks
         ]
+
+    def against(self, coalitions: Sequence[tuple[int, ...]]) -> dict[str, Job]:
+        """The single attacks of this job by label; several coalitions have one job each.
+
+        Args:
+            coalitions: all of the protocol's size.
+        """
+        ones = {one.attack: one for one in self.single()}
+        if not self.every_coalition or len(coalitions) == 1:
+            return ones
+        jobs = [
+            replace(one, every_coalition=False, coalition=servers)
+            for one in ones.values()
+            for servers in coalitions
+        ]
+        return {one.label: one for one in jobs}
+
+    @property
+    def label(self) -> str:
+        """The attack, and the coalition where one was chosen, such as ``decoder@0+2``."""
+        if self.coalition is None:
+            return self.attack
+        return f"{attacks.load(self.attack).name}@{'+'.join(map(str, self.coalition))}"
 
     def undefended(self) -> Job:
         """The same attack on the undefended split."""
@@ -107,7 +138,12 @@ class Job:
             if one.built_in not in self.protocol.attacks:
                 found.append(f"attack {one.attack} is none of the protocol's")
         if self.weights is not None:
-            found.append(f"trained weights given by hand ({self.weights.resolve().name})")
+            found.append(f"{WEIGHTS_BY_HAND} ({self.weights.resolve().name})")
+        if self.every_coalition:
+            found.append(EVERY_COALITION)
+        if self.coalition is not None:
+            servers = "+".join(map(str, self.coalition))
+            found.append(f"coalition {servers} chosen by hand, not by the screening")
         found += [
             f"{key} differs from the released {self.protocol.id}" for key in self.protocol.changes
         ]

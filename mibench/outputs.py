@@ -10,19 +10,25 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image
-from torch import Tensor
 
 from mibench import gallery
 from mibench.errors import StorageError
 from mibench.evaluate import Result, manifest_text
 from mibench.files import ensure_writable, write_atomically
 from mibench.record import Record
+from mibench.stored import to_bytes
 
 RECORD = "record.json"
 PER_IMAGE = "per_image.parquet"
 MANIFEST = "manifest.txt"
 GRID = "grid.png"
 RECONSTRUCTIONS = "reconstructions"
+PERMUTED = "permuted"
+UNDEFENDED = "undefended"
+GUESSES = "guesses"
+PRIOR_SAMPLE = "prior-sample"
+SAME_FOR_ALL = ("mean-image", "typical-image")
+"""Guesses that are one image, whatever is attacked; stored once."""
 
 STALE = 60.0
 """Seconds after which an unfinished file has no writer any more."""
@@ -33,52 +39,70 @@ def write_result(result: Result, out: Path) -> Record:
 
     A reader that finds a record with status ``success`` therefore finds all other files whole.
 
-    Of a suite, each attack gets a folder of its own inside.
+    Of several attacks, each gets a folder of its own inside, with the images of its controls: what
+    its scores can be computed from again.
 
     Args:
         result: what `evaluate` returned.
         out: the run's folder; other files in it stay untouched.
 
     Returns:
-        The record as written, with the hash of every file in `Record.files`. The entry
-        ``reconstructions`` is the SHA-256 over the PNG files' bytes in order.
+        The record as written, with the hash of every file in `Record.files`. The entry of a folder
+        of images is the SHA-256 over the PNG files' bytes in order.
 
     Raises:
         StorageError: something cannot be written.
     """
     for name, part in result.parts.items():
         write_result(part, out / name)
-    folder = out / RECONSTRUCTIONS
-    ensure_writable(folder)
     images = to_bytes(result.reconstructions)
-    together = hashlib.sha256()
-    for index, image in enumerate(images):
-        data = _png(Image.fromarray(image))
-        together.update(data)
-        write_atomically(folder / f"{index:04}.png", data)
-    files = {RECONSTRUCTIONS: together.hexdigest()}
+    files = {}
+    for folder, named in _pictures(result, images).items():
+        ensure_writable(out / folder)
+        together = hashlib.sha256()
+        for name, image in named.items():
+            data = _png(Image.fromarray(image))
+            together.update(data)
+            write_atomically(out / folder / f"{name}.png", data)
+        files[folder] = together.hexdigest()
     write_atomically(out / MANIFEST, manifest_text(result.manifest))
     assert result.record.manifest is not None
     files[MANIFEST] = result.record.manifest
 
-    grid = gallery.draw(
-        originals=to_bytes(result.originals.images()),
-        reconstructions=images,
-        permuted=to_bytes(result.controls["permuted"]),
-        labels=_captions(result),
-        per_image={name: values.tolist() for name, values in result.per_image.items()},
-        scores=result.record.scores,
-        title=f"{result.record.defense.name} against {result.record.attack.name}",
-    )
-    for name, data in (
-        (PER_IMAGE, _parquet(per_image_table(result))),
-        (GRID, _png(grid)),
-    ):
+    written = {PER_IMAGE: _parquet(per_image_table(result))}
+    if "permuted" in result.controls:  # not so for an old run that was scored anew
+        written[GRID] = _png(_grid(result, images))
+    for name, data in written.items():
         write_atomically(out / name, data)
         files[name] = hashlib.sha256(data).hexdigest()
     record = result.record.model_copy(update={"files": files})
     write_record(record, out)
     return record
+
+
+def _pictures(result: Result, images: list[np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """All images of a result, by folder and name.
+
+    The worst of several attacks has a worst control for each metric, so those stay with the parts.
+    """
+    found = {RECONSTRUCTIONS: _numbered(images)}
+    if result.undefended is None:
+        return found
+    found[PERMUTED] = _numbered(to_bytes(result.controls["permuted"]))
+    if result.undefended is not result.reconstructions:
+        found[UNDEFENDED] = _numbered(to_bytes(result.undefended))
+    guesses = {name: one for name, one in result.controls.items() if name != "permuted"}
+    found[GUESSES] = {
+        name: to_bytes(one[:1])[0] for name, one in guesses.items() if name in SAME_FOR_ALL
+    }
+    for name, one in guesses.items():
+        if name not in SAME_FOR_ALL:
+            found[name] = _numbered(to_bytes(one))
+    return found
+
+
+def _numbered(images: list[np.ndarray]) -> dict[str, np.ndarray]:
+    return {f"{index:04}": image for index, image in enumerate(images)}
 
 
 def write_record(record: Record, out: Path) -> None:
@@ -116,7 +140,8 @@ def remove_leftovers(out: Path) -> None:
     Raises:
         StorageError: a leftover cannot be removed.
     """
-    for folder in (out, out / RECONSTRUCTIONS):
+    folders = (RECONSTRUCTIONS, PERMUTED, UNDEFENDED, GUESSES, PRIOR_SAMPLE)
+    for folder in (out, *(out / name for name in folders)):
         for path in folder.glob(".mibench-*.tmp"):
             try:
                 if time.time() - path.stat().st_mtime > STALE:
@@ -127,10 +152,16 @@ def remove_leftovers(out: Path) -> None:
                 raise StorageError(f"cannot remove {path}: {error.strerror}") from error
 
 
-def to_bytes(images: Tensor) -> list[np.ndarray]:
-    """Returns images (N, 3, H, W) in [0, 1] as uint8 arrays (H, W, 3), rounded."""
-    scaled = (images.detach().cpu().float() * 255).round().clamp(0, 255)
-    return list(scaled.permute(0, 2, 3, 1).numpy().astype(np.uint8))
+def _grid(result: Result, images: list[np.ndarray]) -> Image.Image:
+    return gallery.draw(
+        originals=to_bytes(result.originals.images()),
+        reconstructions=images,
+        permuted=to_bytes(result.controls["permuted"]),
+        labels=_captions(result),
+        per_image={name: values.tolist() for name, values in result.per_image.items()},
+        scores=result.record.scores,
+        title=f"{result.record.defense.name} against {result.record.attack.name}",
+    )
 
 
 def _captions(result: Result) -> list[str]:

@@ -33,12 +33,17 @@ class _Part(BaseModel):
 
 
 class Component(_Part):
-    """A defense, attack or backbone with its parameters, defaults spelled out."""
+    """A defense, attack or backbone with its parameters, defaults spelled out.
+
+    ``location`` is where a plugin was taken from, as its user named it (``./file.py:Class``); null
+    where a registry knows the name.
+    """
 
     name: str
     version: int
     code: str
     params: dict[str, JsonValue]
+    location: str | None = None
 
 
 class Score(_Part):
@@ -101,7 +106,9 @@ class AdversaryFacts(_Part):
     ``screening`` gives, for every coalition of that size, the ridge regression's mean squared error
     on the attacker's validation images; the coalition with the least error is attacked. ``broken``
     counts the attacked images whose message held values that are infinite or not a number; each
-    of those was read as the mean of the others in its place.
+    of those was read as the mean of the others in its place. ``coalitions`` is empty where the
+    coalition with the least error alone was attacked; else it lists those that were attacked
+    instead: all of that size, or the one that was chosen by hand.
     """
 
     knowledge: str
@@ -110,6 +117,7 @@ class AdversaryFacts(_Part):
     auxiliary: str = "disjoint"
     screening: dict[str, float]
     broken: int = 0
+    coalitions: list[list[int]] = []
 
 
 class DataFacts(_Part):
@@ -224,10 +232,11 @@ class Convergence(_Part):
 
 
 class SuitePart(_Part):
-    """One attack of a suite.
+    """One attack of a suite, or of one of several coalitions.
 
     Attributes:
-        attack: its name.
+        attack: its name; of several coalitions each has its own part, such as ``decoder@0+2``.
+        corrupted: the servers that it read; empty before there were several coalitions.
         scores: of its reconstructions; empty where it does not apply to the defense.
         reason: why it does not apply.
         share_of_worst: by metric, the share of the images for which it was the worst attack.
@@ -236,6 +245,7 @@ class SuitePart(_Part):
     """
 
     attack: str
+    corrupted: list[int] = []
     scores: list[Score] = []
     reason: str | None = None
     share_of_worst: dict[str, float] = {}
@@ -273,7 +283,7 @@ class Record(_Part):
         attributes: the same for each attribute of such a dataset, on all private images.
         calibration: one entry for each attack whose PSNR was computed; empty before format 3.
         convergence: one entry for each attack; null where it was not asked for.
-        suite: of a suite, what each of its attacks did alone.
+        suite: of a suite, or of every coalition, what each of its attacks did alone.
         distribution: scores that a set of reconstructions has as a whole, such as FID.
         information: what the corrupted servers' shares tell, whatever the attack, on images of the
             attacker; one score per measure.

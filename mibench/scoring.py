@@ -235,6 +235,16 @@ def _summed_up(metric: Metric, values: Tensor, seed: int) -> Score:
     return _as_score(metric, estimate_mean(values, seed)).model_copy(update=spread)
 
 
+def summed_up(name: str, values: Tensor, seed: int) -> Score:
+    """The score of a metric from its values (N,), as they were kept."""
+    return _summed_up(_metric(name), values, seed)
+
+
+def unavailable(name: str, reason: str) -> Score:
+    """The score of a metric that cannot be computed, and why."""
+    return _as_score(_metric(name), Estimate(None, None, None, 0, reason))
+
+
 def _as_score(metric: Metric | SetMetric, estimate: Estimate) -> Score:
     return Score(
         metric=metric.name, version=metric.version, unit=metric.unit,

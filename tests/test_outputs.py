@@ -32,7 +32,7 @@ def make_result(count=20, size=32):
     draw = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (count, 3, size, size), generator=draw, dtype=torch.uint8)
     record = Record(
-        status="success",
+        status="started",
         protocol=ProtocolId(id="p", content="c", track="test", ranked=False),
         defense=component("none"),
         attack=component("decoder"),

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from mibench import __version__
-from mibench.cli import check, doctor, listing, prior, protocols, run, show, sweep
+from mibench.cli import check, doctor, listing, prior, protocols, reproduce, rescore, run, show, sweep
 from mibench.errors import MibenchError
 
 MISTAKE = 2
@@ -68,6 +68,8 @@ app.command("sweep")(sweep.sweep)
 app.command("list")(listing.list_components)
 app.command("show")(show.show)
 app.command("check")(check.check)
+app.command("reproduce")(reproduce.reproduce)
+app.command("rescore")(rescore.rescore)
 app.add_typer(protocols.app, name="protocols")
 app.add_typer(prior.app, name="prior")
 app.command("doctor")(doctor.doctor)

@@ -90,6 +90,15 @@ def run(
             "gains.",
         ),
     ] = False,
+    every_coalition: Annotated[
+        bool,
+        typer.Option(
+            "--every-coalition",
+            help="Attack from each coalition of the protocol's size, not only from the one that "
+            "the screening finds worst, and take the worst of them for each image. Takes that "
+            "many times as long. Never ranked.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, show the plan, run nothing.")
     ] = False,
@@ -121,18 +130,21 @@ def run(
         seed=chosen.seeds[0] if seed is None else seed,
         weights=weights,
         converge=converge,
+        every_coalition=every_coalition,
     )
-    record = _check_components(job, device)
+    record, coalitions = _check_components(job, device)
     named: dict[str, Json] = {"dataset": dataset} if dataset else {}
     if weights is not None:
         named["weights"] = weights.resolve().name
     if converge:
         named["converge"] = True
+    if every_coalition:
+        named["every_coalition"] = True
     folder = out or default_folder(record, {**given, "data": named} if named else given)
     found = earlier_record(folder, record)
     if not dry_run:
         ensure_writable(folder)
-    _print_plan(console, job, record, folder)
+    _print_plan(console, job, record, folder, coalitions if every_coalition else 1)
     if dry_run:
         return
     _run(console, job, record, found, device, data_root, folder)
@@ -186,17 +198,21 @@ def _identity(record: Record) -> dict[str, object]:
         "seed": record.seed,
         "weights": [one for one in record.deviations if "weights" in one],
         "--converge": record.convergence is not None,
+        "coalitions": [one for one in record.deviations if "coalition" in one],
         **{f"defense.{key}": value for key, value in record.defense.params.items()},
         **{f"attack.{key}": value for key, value in record.attack.params.items()},
         "content of the protocol": record.protocol.content,
     }
 
 
-def estimate_minutes(protocol: Protocol, defense: str, attack: str) -> float | None:
+def estimate_minutes(
+    protocol: Protocol, defense: str, attack: str, coalitions: int = 1
+) -> float | None:
     """Returns about how many minutes a run takes on two CPU cores; None where nobody measured.
 
     All but the judge, and what an attack learns once for all targets, counts twice for a defended
-    run: the undefended reference is trained and attacked too.
+    run: the undefended reference is trained and attacked too. Each coalition is attacked on its
+    own.
     """
     from mibench.job import SUITE
 
@@ -204,9 +220,11 @@ def estimate_minutes(protocol: Protocol, defense: str, attack: str) -> float | N
     names = list(protocol.attacks) if attack == SUITE else [attack]
     if not {"defense", *names} <= set(times):
         return None
-    per_target = times["defense"] + sum(times[name] for name in names)
+    attacking = sum(times[name] for name in names)
+    per_target = times["defense"] + attacking
     # What several attacks of a suite learn once, such as a prior, they share.
     once = max(times.get(f"{name} once", 0.0) for name in names)
+    once += (coalitions - 1) * attacking
     return per_target * (1 if defense == "none" else 2) + once + times.get("judge", 0.0)
 
 
@@ -237,9 +255,10 @@ def _check_names(
     return chosen, given
 
 
-def _check_components(job: Job, device: str) -> Record:
-    """Everything else that can be checked before anything is trained."""
+def _check_components(job: Job, device: str) -> tuple[Record, int]:
+    """Everything else that can be checked before anything is trained; counts the coalitions."""
     from mibench.artifacts import ArtifactStore
+    from mibench.assault import coalitions_of
     from mibench.data.roles import open_dataset
     from mibench.deployment import build_defense, load_weights
     from mibench.evaluate import open_record
@@ -250,7 +269,7 @@ def _check_components(job: Job, device: str) -> Record:
     built = build_defense(job, (3, rule.image_size, rule.image_size), dataset.task)
     if job.weights is not None:
         load_weights(built, job)
-    return record
+    return record, len(coalitions_of(job.protocol.adversary, built))
 
 
 def _with_data(
@@ -292,11 +311,11 @@ def _with_data(
     return protocol if rule == protocol.data else protocol.on(rule)
 
 
-def _print_plan(console: Console, job: Job, record: Record, folder: Path) -> None:
+def _print_plan(console: Console, job: Job, record: Record, folder: Path, coalitions: int) -> None:
     from rich.table import Table
 
     data, rule = job.protocol.data, job.protocol.adversary
-    minutes = estimate_minutes(job.protocol, record.defense.name, record.attack.name)
+    minutes = estimate_minutes(job.protocol, record.defense.name, record.attack.name, coalitions)
     duration = "unknown: nobody has measured this pair under this protocol"
     if minutes is not None:
         duration = (
@@ -304,6 +323,8 @@ def _print_plan(console: Console, job: Job, record: Record, folder: Path) -> Non
             "parts already in the cache make it shorter"
         )
     servers = "one server" if rule.coalition == 1 else f"up to {rule.coalition} servers"
+    if coalitions > 1:
+        servers += f", each of {coalitions} coalitions in turn"
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")

@@ -309,12 +309,19 @@ def _adversary(adversary: AdversaryFacts, cost: Cost | None) -> Iterable[str]:
         "training": "; its own images are the training images themselves",
         "other": "; its own images are of another dataset",
     }.get(adversary.auxiliary, "")
+    if len(adversary.coalitions) > 1:
+        each = " or ".join("+".join(map(str, one)) for one in adversary.coalitions)
+        reads = f"in turn the servers {each}, and the worst of these counts for each image"
     yield f"Adversary: {adversary.knowledge}, reads {reads}{repeated}{images}"
     if adversary.broken:
         yield f"  {adversary.broken} of the attacked images came with values that are no numbers"
     if adversary.screening:
         errors = ", ".join(f"{name}: {error:.4f}" for name, error in adversary.screening.items())
+        worst = min(adversary.screening, key=adversary.screening.__getitem__)
+        chosen = "chosen as the worst:"
+        if adversary.coalitions:
+            chosen = f"by the screening {worst} is the worst:"
         yield (
-            "  chosen as the worst: a linear decoder rebuilds the attacker's own validation images "
+            f"  {chosen} a linear decoder rebuilds the attacker's own validation images "
             f"with the least error from it (MSE {errors})"
         )
