@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mibench.artifacts import ArtifactStore
 from mibench.attacks.base import Attack
+from mibench.data.near import count_near_copies
 from mibench.data.roles import Roles, load_roles
 from mibench.data.sets import ImageSet
 from mibench.defenses.base import Defense
@@ -83,6 +84,7 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
     opened = open_record(job, device)
     torch.set_num_threads(job.protocol.threads)
     roles = load_roles(job.protocol.data, data_root, store.root)
+    near = count_near_copies(roles, store)
 
     deployed = fit(job, roles, store, device)
     bare = job.defense == UNDEFENDED
@@ -116,6 +118,7 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
             calibration=struck.calibration,
             convergence=struck.convergence,
             suite=struck.suite,
+            near_copies=near,
             seconds_per_image=struck.seconds_per_image,
             attack_facts=struck.facts,
             **model.fields,
