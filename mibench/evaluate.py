@@ -217,7 +217,7 @@ def open_record(job: Job, device: str) -> Record:
             )
         if job.converge:
             one.doubled().budget()  # a bound that twice the budget breaks shows now, not in the end
-        found[one.attack] = _component(method, one.attack, one.merged_attack_params())
+        found[one.attack] = component_of(method, one.attack, one.merged_attack_params())
     return Record(
         status="started",
         protocol=ProtocolId(
@@ -227,9 +227,9 @@ def open_record(job: Job, device: str) -> Record:
             ranked=protocol.ranked and not job.deviations(),
             values=protocol.described(),
         ),
-        defense=_component(defenses.load(job.defense), job.defense, job.defense_params),
+        defense=component_of(defenses.load(job.defense), job.defense, job.defense_params),
         attack=_suite(found) if job.suite else found[job.attack],
-        backbone=_component(backbones.load(backbone.name), backbone.name, backbone.params),
+        backbone=component_of(backbones.load(backbone.name), backbone.name, backbone.params),
         seed=job.seed,
         deviations=job.deviations(),
         convergence=[] if job.converge else None,
@@ -260,7 +260,12 @@ def _data_facts(protocol: Protocol, roles: Roles) -> DataFacts:
     )
 
 
-def _component(cls: type, name: str, values: Mapping[str, Json]) -> Component:
+def component_of(cls: type, name: str, values: Mapping[str, Json]) -> Component:
+    """A defense, attack or backbone with its code and with all its parameters.
+
+    Raises:
+        InvalidParamsError: a parameter that it refuses.
+    """
     kind = {Defense: "defense", Attack: "attack"}
     owner = next((word for base, word in kind.items() if issubclass(cls, base)), "backbone")
     params = build(cls.Params, values, f"{owner} {name}")  # type: ignore[attr-defined]

@@ -105,7 +105,7 @@ def count_near_copies(roles: Roles, store: ArtifactStore) -> dict[str, int]:
         DataError: a role holds near copies of more images than chance would give.
     """
     attacked = roles.attacked
-    limit = max(TOLERATED_FEW, int(TOLERATED * len(attacked)))
+    limit = tolerated(len(attacked))
     found: dict[str, int] = {}
     for role in ("train", "auxiliary", "validation"):
         others: ImageSet = getattr(roles, role)
@@ -133,6 +133,11 @@ def count_near_copies(roles: Roles, store: ArtifactStore) -> dict[str, int]:
             found[role] = count
             progress.note(f"{role} holds near copies of {count} attacked images")
     return found
+
+
+def tolerated(attacked: int) -> int:
+    """How many attacked images may have near copies in a role."""
+    return max(TOLERATED_FEW, int(TOLERATED * attacked))
 
 
 def sketches(images: Tensor) -> Tensor:

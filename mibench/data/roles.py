@@ -107,6 +107,17 @@ def load_roles(rule: DataRule, data_root: Path | None, cache: Path) -> Roles:
     )
 
 
+def private_images(dataset: Dataset, rule: DataRule) -> tuple[ImageSet, Tensor]:
+    """Returns the private images of a protocol, and the places of the attacked ones.
+
+    Raises:
+        DataError: see `role_images`; or too few of them differ.
+        UnavailableError: see `Dataset.load`.
+    """
+    images = role_images(dataset, rule.private)
+    return images, _distinct(images, rule.attacked)
+
+
 def role_images(dataset: Dataset, role: RoleRule) -> ImageSet:
     """Returns the images that play a role; those chosen by hash come in the order of their hashes.
 
