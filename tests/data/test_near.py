@@ -107,7 +107,7 @@ def test_a_few_are_counted_and_told(drawn, tmp_path, noted):
 def test_more_are_refused(drawn, tmp_path, name):
     others = drawn.at(torch.arange(200, 300)).images()
     copies = DISGUISES[name](drawn.take(TOLERATED_FEW + 1)).images()
-    with pytest.raises(DataError, match="near copies .* of 4 of the 20 attacked images"):
+    with pytest.raises(DataError, match=r"near copies .* of 4 of the 20 attacked images"):
         count_near_copies(roles(drawn, of(torch.cat([others, copies]))), ArtifactStore(tmp_path))
 
 
