@@ -379,7 +379,7 @@ class Process:
         kind, message = told.get("kind"), _shown(str(told.get("message", "")))
         if refused:
             return ComponentError(refused[0])
-        if kind == "mibench":
+        if kind == "mibench" and do.endswith((".load", ".build")):
             return MibenchError(message)
         said = f"{_shown(str(told.get('type', '')))}: {message} ({_shown(str(told.get('where')))})"
         what = f"in {do}, the {self.role} "
