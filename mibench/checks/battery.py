@@ -88,8 +88,13 @@ def worst(findings: Iterable[tuple[str, Finding]]) -> list[Finding]:
         if before is None or _severity(one) > _severity(before[1]):
             kept[one.check] = (title, one)
     return [
-        Finding(one.check, one.verdict, one.tried, f"{title}: {one.found}" if title else one.found,
-                one.advice)
+        Finding(
+            one.check,
+            one.verdict,
+            one.tried,
+            f"{title}: {one.found}" if title else one.found,
+            one.advice,
+        )
         for title, one in kept.values()
     ]
 

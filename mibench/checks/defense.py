@@ -60,9 +60,7 @@ def check_defense(
     declared = _declared(name)
     found: list[tuple[str, Finding]] = []
     for setting in settings:
-        trial = Trial(
-            nursery, where, params or {}, setting, limits or Limits(), readable, declared
-        )
+        trial = Trial(nursery, where, params or {}, setting, limits or Limits(), readable, declared)
         try:
             for one in _tried(trial, only, progress):
                 found.append((setting.title if len(settings) > 1 else "", one))

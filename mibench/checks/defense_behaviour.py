@@ -252,7 +252,9 @@ def law(trial: Trial) -> Outcome:
     )[1]["value"]
     share = float((value > strange).double().mean())
     if share < 0.9:
-        return failed(f"only for {share:.0%} of the messages the true image is likelier than others")
+        return failed(
+            f"only for {share:.0%} of the messages the true image is likelier than others"
+        )
     assert others
     width = centre = total = 0.0
     for k, draws in enumerate(trial.draws):

@@ -33,9 +33,7 @@ READABLE = 1.0
 def grad_zero(trial: Trial) -> Outcome:
     """Most pixels have a gradient."""
     shares = trial.send(trial.some.roll(1, 0), trial.seed, "zero")
-    told, found = trial.client.ask(
-        "defense.likelihood", {"images": trial.some, **_named(shares)}
-    )
+    told, found = trial.client.ask("defense.likelihood", {"images": trial.some, **_named(shares)})
     if told["constant"] or "images.grad" not in found:
         return failed("the log-likelihood does not depend on the image differentiably")
     gradient = found["images.grad"]

@@ -7,10 +7,9 @@ images that nobody has seen before.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,15 +17,16 @@ from torch import Tensor
 
 from mibench import seeding
 from mibench.checks.base import Finding, Verdict
-from mibench.checks.process import ComponentError, Process
-from mibench.data.procedural import Procedural
+from mibench.checks.battery import Battery, Outcome, failed, passed, skipped
+from mibench.checks.confine import Limits
+from mibench.checks.defense import located
+from mibench.checks.process import ComponentError, Nursery, Process
+from mibench.data.procedural import SEED_LIMIT, render
 from mibench.metrics.fidelity import MeanSquaredError, PeakSignalToNoiseRatio, StructuralSimilarity
 
 COUNT = 72
 """Images; more than a metric takes at once, and no multiple of that."""
 SIDE = 32
-FIRST_SECRET, SECRETS = 10**7, 10**9
-"""Where in the stream of generated images those of the checks lie; no protocol's do."""
 NOISES = (0.02, 0.05, 0.1, 0.2, 0.4)
 """Deviations of the growing noise."""
 SAME = 1e-4
@@ -37,19 +37,6 @@ CLOSE_DB = 0.05
 """Difference in dB that two codes of the PSNR may show."""
 CLOSE_SSIM = 0.15
 """Difference that two variants of SSIM may show: padding the border alone changes 0.1."""
-
-ADVICE = {
-    "metric-declared": "declare unit, direction and bounds as docs/metrics.md says",
-    "metric-range": "leave the check of the input to Metric.__call__; never override it",
-    "metric-identity": "a perfect copy must get the best value; check the sign and more_leakage",
-    "metric-direction": "set more_leakage to the direction in which more is recognised",
-    "metric-monotone": "a value that improves under noise measures something else",
-    "metric-batch": "score each image from its own pair alone: no mean over the batch",
-    "metric-deterministic": "draw nothing at random, or from a generator with a fixed seed",
-    "metric-bounds": "clamp what rounding causes, and declare the bounds of the definition",
-    "metric-reference": "images lie in [0, 1]: the peak is 1, not 255, and SSIM's C1 is 0.01^2",
-    "metric-input": "map images from [0, 1] to [-1, 1] before LPIPS, or pass normalize=True",
-}
 
 
 class Scorer:
@@ -89,14 +76,6 @@ class Scorer:
         return said, found.get("values")
 
 
-@dataclass(frozen=True)
-class _Look:
-    """What a check finds wrong; nothing wrong is None."""
-
-    text: str
-    verdict: Verdict = Verdict.FAILED
-
-
 class Bench:
     """Images, and the metric under test.
 
@@ -120,6 +99,13 @@ class Bench:
         low, high = (float(one) for one in self.facts["bounds"])
         return low, high
 
+    def out_of_reach(self) -> str | None:
+        """Why the metric cannot be tried here at all, if so."""
+        if self.facts.get("context"):
+            return "it needs more than a pair of images, such as a judge, and there is none here"
+        said, _ = self.scorer.score(self.originals[:2], self.originals[:2])
+        return str(said["unavailable"]) if "unavailable" in said else None
+
     def noisy(self, deviation: float) -> Tensor:
         """The originals under noise."""
         return (self.originals + deviation * self.noise).clamp(0, 1)
@@ -136,6 +122,10 @@ class Bench:
         return values.double()
 
 
+battery: Battery[Bench] = Battery()
+"""All checks of a metric."""
+
+
 class Silent(Exception):  # noqa: N818 - an answer, no error of ours
     """A metric that gave no values; holds what it said instead."""
 
@@ -146,64 +136,101 @@ class Silent(Exception):  # noqa: N818 - an answer, no error of ours
 
 def fresh_images(seed: int, count: int = COUNT, side: int = SIDE) -> Tensor:
     """Generated images (N, 3, S, S) in [0, 1] that follow from a seed alone."""
-    source = Procedural(None, side, Path())
-    return source.load("stream", FIRST_SECRET + seed % SECRETS, count).images()
+    return render(torch.arange(count), seed, side)[0].float() / 255
 
 
-def check_metric(scorer: Scorer, originals: Tensor) -> list[Finding]:
-    """Runs the whole battery.
+def check_metric(
+    nursery: Nursery,
+    name: str,
+    *,
+    only: Sequence[str] | None = None,
+    limits: Limits | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Finding]:
+    """Tries everything that a metric could get wrong.
 
     Args:
-        scorer: the metric.
-        originals: see `Bench`; those of `fresh_images` with a secret seed.
+        nursery: starts the process; the metric is never imported here.
+        name: registered name, ``package.module:Class`` or ``./file.py:Class``.
+        only: names of the checks to run; all of them if None.
+        limits: of its process.
+        progress: told what is being done.
+
+    Returns:
+        One finding for each check, in order.
+
+    Raises:
+        MibenchError: there is no such metric.
     """
-    bench = Bench(scorer, originals)
-    if bench.facts.get("context"):
-        reason = "it needs more than a pair of images (such as a judge), which this check has not"
-        return [Finding(n, Verdict.SKIPPED, _TRIED[n], reason) for n in _CHECKS]
-    found = []
+    where, readable = located(name)
+    process = nursery.start("metric", limits, readable)
+    chosen = [one for one in battery.checks.values() if only is None or one.name in only]
+    found: list[Finding] = []
     try:
-        bench.ask(originals[:2], originals[:2])
-    except Silent as silent:
-        if "unavailable" in silent.said:
-            return [Finding(n, Verdict.SKIPPED, _TRIED[n], str(silent)) for n in _CHECKS]
-    for name, look in _CHECKS.items():
-        try:
-            problems = list(look(bench))
-        except Silent as silent:
-            # Told once, by the check of its values.
-            told = Verdict.FAILED if name == "metric-bounds" else Verdict.SKIPPED
-            problems = [_Look(f"it gives no values here: {silent}", told)]
-        found += [
-            Finding(
-                name, p.verdict, _TRIED[name], p.text,
-                ADVICE[name] if p.verdict in (Verdict.FAILED, Verdict.WARNED) else "",
-            )
-            for p in problems
-        ]  # fmt: skip
-        if not problems:
-            found.append(Finding(name, Verdict.PASSED, _TRIED[name], "it holds"))
+        scorer = Scorer(process, where)
+        bench = Bench(scorer, fresh_images(secrets.randbelow(SEED_LIMIT)))
+        reason = bench.out_of_reach()
+        for check in chosen:
+            progress(check.name)
+            if reason is not None:
+                found.append(Finding(check.name, Verdict.SKIPPED, check.tried, reason))
+            else:
+                found.append(check.finding(bench))
+    except ComponentError as error:
+        found.append(error.finding)
+    finally:
+        found += process.findings
+        process.close()
     return found
+
+
+def gathered(look: Callable[[Bench], Iterator[str | Outcome]]) -> Callable[[Bench], Outcome]:
+    """Makes one outcome of all that a check finds wrong; an outcome that it yields stands."""
+
+    def run(bench: Bench) -> Outcome:
+        problems: list[str] = []
+        try:
+            for one in look(bench):
+                if not isinstance(one, str):
+                    return one
+                problems.append(one)
+        except Silent as silent:
+            problems.append(f"it gives no values: {silent}")
+        return failed("; ".join(problems)) if problems else passed("it holds")
+
+    return run
 
 
 # --- the checks ----------------------------------------------------------------------------------
 
 
-def _declared(bench: Bench) -> Iterator[_Look]:
+@battery.check(
+    "metric-declared",
+    tried="read unit, direction and bounds",
+    advice="declare unit, direction and bounds as docs/metrics.md says",
+)
+@gathered
+def _declared(bench: Bench) -> Iterator[str | Outcome]:
     facts, (low, high) = bench.facts, bench.bounds
     if facts["direction"] not in ("higher", "lower"):
-        yield _Look(f"more_leakage is {facts['direction']!r}, neither 'higher' nor 'lower'")
+        yield (f"more_leakage is {facts['direction']!r}, neither 'higher' nor 'lower'")
     elif facts["higher_is_better"] != (facts["direction"] == "higher"):
-        yield _Look("higher_is_better contradicts more_leakage")
+        yield ("higher_is_better contradicts more_leakage")
     if not low < high:
-        yield _Look(f"the bounds [{low:g}, {high:g}] hold nothing")
+        yield (f"the bounds [{low:g}, {high:g}] hold nothing")
     if not isinstance(facts["unit"], str):
-        yield _Look(f"the unit is {facts['unit']!r}, which is no text")
+        yield (f"the unit is {facts['unit']!r}, which is no text")
     if not (isinstance(facts["chunk"], int) and facts["chunk"] > 0):
-        yield _Look(f"chunk is {facts['chunk']!r}, not a number of images")
+        yield (f"chunk is {facts['chunk']!r}, not a number of images")
 
 
-def _range(bench: Bench) -> Iterator[_Look]:
+@battery.check(
+    "metric-range",
+    tried="gave it images from 0 to 255 and of wrong layouts",
+    advice="leave the check of the input to Metric.__call__; never override it",
+)
+@gathered
+def _range(bench: Bench) -> Iterator[str | Outcome]:
     good = bench.originals[:4]
     holes = good.clone()
     holes[1, 0, 3, 3] = math.nan
@@ -223,13 +250,19 @@ def _range(bench: Bench) -> Iterator[_Look]:
             pairs += [("reconstructions", images, good), ("originals", good, images)]
         for where, one, other in pairs:
             if bench.scorer.score(one, other)[1] is not None:
-                yield _Look(f"it takes {what} as {where}")
+                yield (f"it takes {what} as {where}")
                 break
     if bench.scorer.score(good[:3], good)[1] is not None:
-        yield _Look("it takes 3 reconstructions for 4 originals")
+        yield ("it takes 3 reconstructions for 4 originals")
 
 
-def _identity(bench: Bench) -> Iterator[_Look]:
+@battery.check(
+    "metric-identity",
+    tried="compared perfect copies with worse images",
+    advice="a perfect copy must get the best value; check the sign and more_leakage",
+)
+@gathered
+def _identity(bench: Bench) -> Iterator[str | Outcome]:
     best = bench.ask(bench.originals, bench.originals)
     for what, images in (
         ("a slightly noisy one", bench.noisy(NOISES[1])),
@@ -240,32 +273,48 @@ def _identity(bench: Bench) -> Iterator[_Look]:
         better = bench.sign * (bench.ask(images, bench.originals) - best)
         wrong = int((better > SAME * best.abs().clamp_min(1)).sum())
         if wrong:
-            yield _Look(
-                f"a perfect copy scores worse than {what} for {wrong} of {len(best)} images"
-            )
+            yield (f"a perfect copy scores worse than {what} for {wrong} of {len(best)} images")
 
 
-def _direction(bench: Bench) -> Iterator[_Look]:
+@battery.check(
+    "metric-direction",
+    tried="compared near copies with other images",
+    advice="set more_leakage to the direction in which more is recognised",
+)
+@gathered
+def _direction(bench: Bench) -> Iterator[str | Outcome]:
     near = bench.ask(bench.noisy(NOISES[0]), bench.originals).mean()
     far = bench.ask(bench.others, bench.originals).mean()
     if bench.sign * float(near - far) <= 0:
-        yield _Look(
+        yield (
             f"declared is that {bench.facts['direction']} values show more, but near copies get "
             f"{near:.4g} and other images {far:.4g}"
         )
 
 
-def _monotone(bench: Bench) -> Iterator[_Look]:
+@battery.check(
+    "metric-monotone",
+    tried=f"added growing noise, deviations {NOISES[0]} to {NOISES[-1]}",
+    advice="a value that improves under noise measures something else",
+)
+@gathered
+def _monotone(bench: Bench) -> Iterator[str | Outcome]:
     steps = [bench.ask(bench.noisy(deviation), bench.originals) for deviation in NOISES]
     for at, (before, after) in enumerate(pairwise(steps)):
         if bench.sign * float(after.mean() - before.mean()) >= 0:
-            yield _Look(
+            yield (
                 f"it does not get worse on average when noise grows from "
                 f"{NOISES[at]} to {NOISES[at + 1]}: {before.mean():.4g} and {after.mean():.4g}"
             )
 
 
-def _batch(bench: Bench) -> Iterator[_Look]:
+@battery.check(
+    "metric-batch",
+    tried="scored the images together, alone, in uneven batches and in another order",
+    advice="score each image from its own pair alone: no mean over the batch",
+)
+@gathered
+def _batch(bench: Bench) -> Iterator[str | Outcome]:
     images, originals = bench.noisy(NOISES[2]), bench.originals
     # Some are good and some are bad, so that a mean over them shows.
     images = torch.where(torch.arange(len(images)).view(-1, 1, 1, 1) % 3 == 0, bench.others, images)
@@ -284,20 +333,32 @@ def _batch(bench: Bench) -> Iterator[_Look]:
         gap = (other - whole).abs()
         wrong = int((gap > SAME * whole.abs().clamp_min(1)).sum())
         if wrong:
-            yield _Look(
+            yield (
                 f"{wrong} of {count} images score otherwise {what}, by up to {gap.max():.4g}; the "
                 f"mean moves from {whole.mean():.4g} to {other.mean():.4g}"
             )
 
 
-def _deterministic(bench: Bench) -> Iterator[_Look]:
+@battery.check(
+    "metric-deterministic",
+    tried="scored the same images twice",
+    advice="draw nothing at random, or from a generator with a fixed seed",
+)
+@gathered
+def _deterministic(bench: Bench) -> Iterator[str | Outcome]:
     images = bench.noisy(NOISES[2])
     first, again = (bench.ask(images, bench.originals, seed) for seed in (0, 1))
     if not torch.equal(first, again):
-        yield _Look(f"a second call differs by up to {(first - again).abs().max():.4g}")
+        yield (f"a second call differs by up to {(first - again).abs().max():.4g}")
 
 
-def _bounds(bench: Bench) -> Iterator[_Look]:
+@battery.check(
+    "metric-bounds",
+    tried="compared its values with its bounds, on extreme images too",
+    advice="clamp what rounding causes, and declare the bounds of the definition",
+)
+@gathered
+def _bounds(bench: Bench) -> Iterator[str | Outcome]:
     low, high = bench.bounds
     shape = bench.originals[:4]
     cases = {
@@ -310,26 +371,30 @@ def _bounds(bench: Bench) -> Iterator[_Look]:
     for what, (images, originals) in cases.items():
         said, values = bench.scorer.score(images, originals)
         if values is None:
-            yield _Look(f"for {what} it gives no values: {Silent(said)}")
+            yield (f"for {what} it gives no values: {Silent(said)}")
         elif not bool(values.isfinite().all()):
-            yield _Look(f"for {what} it gives values that are not finite")
+            yield (f"for {what} it gives values that are not finite")
         elif float(values.min()) < low - 1e-9 or float(values.max()) > high + 1e-9:
-            yield _Look(
+            yield (
                 f"for {what} it gives {values.min():.6g} to {values.max():.6g}, outside its bounds "
                 f"[{low:g}, {high:g}]"
             )
 
 
-def _reference(bench: Bench) -> Iterator[_Look]:
+@battery.check(
+    "metric-reference",
+    tried="compared it with an independent code of what its name or unit says",
+    advice="images lie in [0, 1]: the peak is 1, not 255, and SSIM's C1 is 0.01^2",
+)
+@gathered
+def _reference(bench: Bench) -> Iterator[str | Outcome]:
     name, unit = str(bench.facts["name"]).lower(), str(bench.facts["unit"]).lower()
     images = bench.noisy(NOISES[2])
     if "psnr" in name or unit == "db":
         middle = bench.originals * (1 - FLAT)
         flat = bench.ask(middle + FLAT, middle)
         if float((flat - 20).abs().max()) > CLOSE_DB:
-            yield _Look(
-                f"the PSNR of images brightened by {FLAT} is {flat.mean():.4g} dB, not 20 dB"
-            )
+            yield (f"the PSNR of images brightened by {FLAT} is {flat.mean():.4g} dB, not 20 dB")
         wanted = PeakSignalToNoiseRatio().per_image(images, bench.originals)
         yield from _agrees("PSNR", bench.ask(images, bench.originals), wanted, CLOSE_DB)
     elif "ssim" in name:
@@ -339,56 +404,32 @@ def _reference(bench: Bench) -> Iterator[_Look]:
         ours = MeanSquaredError().per_image(images, bench.originals)
         yield from _agrees("MSE", bench.ask(images, bench.originals), ours, 1e-5)
     else:
-        yield _Look(f"{name} names no quantity with a reference here", Verdict.SKIPPED)
+        yield skipped(f"{name} names no quantity with a reference here")
 
 
-def _agrees(what: str, values: Tensor, wanted: Tensor, close: float) -> Iterator[_Look]:
+def _agrees(what: str, values: Tensor, wanted: Tensor, close: float) -> Iterator[str]:
     gap = (values - wanted).abs()
     if float(gap.max()) > close:
-        yield _Look(
+        yield (
             f"it differs from an independent {what} by up to {gap.max():.4g} "
             f"(mean {values.mean():.4g} instead of {wanted.mean():.4g})"
         )
 
 
-def _input(bench: Bench) -> Iterator[_Look]:
+@battery.check(
+    "metric-input",
+    tried="recorded what reaches the first layer of a known network",
+    advice="map images from [0, 1] to [-1, 1] before LPIPS, or pass normalize=True",
+)
+@gathered
+def _input(bench: Bench) -> Iterator[str | Outcome]:
     spread = torch.rand(bench.originals[:4].shape, generator=seeding.generator(2, "metric check"))
     spread[:, :, 0, :2] = torch.tensor([0.0, 1.0])
     said, values = bench.scorer.score(spread, spread.flip(0))
     reached = said.get("reached")
     if values is None or not isinstance(reached, list):
-        yield _Look("it uses no network whose input range is known here", Verdict.SKIPPED)
+        yield skipped("it uses no network whose input range is known here")
         return
     low, high = (float(one) for one in reached)
     if abs(low + 1) > 0.1 or abs(high - 1) > 0.1:
-        yield _Look(
-            f"images that span [0, 1] reach LPIPS as [{low:.3g}, {high:.3g}], not as [-1, 1]"
-        )
-
-
-_CHECKS: dict[str, Callable[[Bench], Iterator[_Look]]] = {
-    "metric-declared": _declared,
-    "metric-range": _range,
-    "metric-bounds": _bounds,
-    "metric-identity": _identity,
-    "metric-direction": _direction,
-    "metric-monotone": _monotone,
-    "metric-batch": _batch,
-    "metric-deterministic": _deterministic,
-    "metric-reference": _reference,
-    "metric-input": _input,
-}
-_TRIED = {
-    "metric-declared": "read unit, direction and bounds",
-    "metric-range": "gave it images from 0 to 255 and of wrong layouts",
-    "metric-bounds": "compared its values with its bounds, on extreme images too",
-    "metric-identity": "compared perfect copies with worse images",
-    "metric-direction": "compared near copies with other images",
-    "metric-monotone": f"added growing noise, deviations {NOISES[0]} to {NOISES[-1]}",
-    "metric-batch": "scored the images together, alone, in uneven batches and in another order",
-    "metric-deterministic": "scored the same images twice",
-    "metric-reference": "compared it with an independent code of what its name or unit says",
-    "metric-input": "recorded what reaches the first layer of a known network",
-}
-CHECKS = tuple(_CHECKS)
-"""Names of all checks of a metric, in order."""
+        yield (f"images that span [0, 1] reach LPIPS as [{low:.3g}, {high:.3g}], not as [-1, 1]")

@@ -210,7 +210,11 @@ class Trial:
     # --- messages --------------------------------------------------------------------------------
 
     def send(
-        self, images: Tensor, *ambient: str | int, process: Process | None = None, grad: bool = False
+        self,
+        images: Tensor,
+        *ambient: str | int,
+        process: Process | None = None,
+        grad: bool = False,
     ) -> Shares:
         """Sends images through the client while a named random stream is active."""
         stream: list[Json] = [*(ambient or (self.seed, NEUTRAL))]
@@ -221,9 +225,7 @@ class Trial:
     def predict(self, images: Tensor, *ambient: str | int) -> Shares:
         """Returns the message's parameters."""
         stream: list[Json] = [*(ambient or (self.seed, NEUTRAL))]
-        return tensors_of(
-            self.client.ask("defense.predict", {"images": images}, ambient=stream)[1]
-        )
+        return tensors_of(self.client.ask("defense.predict", {"images": images}, ambient=stream)[1])
 
     def replies(self, shares: Shares) -> Shares:
         """Returns the reply of every server, each from its own process, to its own share."""

@@ -18,13 +18,14 @@ class BatchWindow(Metric):
         """Windows of 3 images and 7 x 7 pixels."""
         x, y = (one.double().transpose(0, 1) for one in (reconstructions, originals))
 
+        depth = min(3, len(originals))
+
         def mean(maps):
-            return avg_pool3d(
-                maps, (3, 7, 7), stride=1, padding=(1, 0, 0), count_include_pad=False
-            )
+            return avg_pool3d(maps, (depth, 7, 7), stride=1)
 
         mx, my = mean(x), mean(y)
         vx, vy, both = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
         value = (2 * mx * my + 1e-4) * (2 * both + 9e-4)
         value = value / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))
-        return value.transpose(0, 1).flatten(1).mean(1).clamp(-1, 1).to(torch.float64)
+        value = value.transpose(0, 1).flatten(1).mean(1).clamp(-1, 1)
+        return torch.cat([value, value[-1:].expand(len(originals) - len(value))])
