@@ -65,7 +65,7 @@ _DIFFUSION: dict[str, Json] = {
     "gradient_warm": _WARM,
     "tuning_images": 2,
     "sampler": {"steps": 10, "inner": 5},
-    "prior": {"steps": MOST, "batch": 16, "channels": [16, 16, 16]},
+    "prior": {"steps": MOST // 2, "batch": 16, "channels": [16, 16, 16]},
 }
 SMALL: dict[str, dict[str, Json]] = {
     "decoder": _DECODER,
@@ -74,7 +74,7 @@ SMALL: dict[str, dict[str, Json]] = {
     "deep-prior": {"steps": MOST, "tuning_images": 2},
     "diffusion": _DIFFUSION,
     "diffusion-mean": _DIFFUSION,
-    "query-free": {"steps": 4 * MOST, "batch": 16, "decoder": _DECODER},
+    "query-free": {"steps": 2 * MOST, "batch": 16, "decoder": _DECODER},
 }
 """Parameters of the built-in attacks that fit the time of a check."""
 
@@ -244,7 +244,9 @@ class Trial:
 
     @cached_property
     def first(self) -> tuple[Mapping[str, Any], Tensor | None]:
-        """What the attack alone makes of the shares."""
+        """What the attack alone makes of the shares; nothing where its preparation was refused."""
+        if self.alone.denied:
+            return {"type": "nothing"}, None
         return self.alone.rebuild(self.scene.share)
 
     @property

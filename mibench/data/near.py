@@ -31,7 +31,7 @@ from mibench import progress
 from mibench.artifacts import ArtifactStore, Checkpoint
 from mibench.data.roles import Roles
 from mibench.data.sets import ImageSet
-from mibench.errors import DataError
+from mibench.errors import SharedImagesError
 from mibench.files import Json
 from mibench.registry import fingerprint
 
@@ -102,7 +102,7 @@ def count_near_copies(roles: Roles, store: ArtifactStore) -> dict[str, int]:
         By role, counts above 0.
 
     Raises:
-        DataError: a role holds near copies of more images than chance would give.
+        SharedImagesError: a role holds near copies of more images than chance would give.
     """
     attacked = roles.attacked
     limit = tolerated(len(attacked))
@@ -123,7 +123,7 @@ def count_near_copies(roles: Roles, store: ArtifactStore) -> dict[str, int]:
         count = store.fetch("near-copies", spec, make).facts["count"]
         assert isinstance(count, int)
         if count > limit:
-            raise DataError(
+            raise SharedImagesError(
                 f"the role {role!r} holds near copies (mirrored, encoded anew, brightened) of "
                 f"{count} of the {len(attacked)} attacked images, and at most {limit} can be "
                 "chance; an attack or a defense would be judged on images it has seen. "

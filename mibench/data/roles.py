@@ -13,7 +13,7 @@ from mibench import progress
 from mibench.data.base import Dataset
 from mibench.data.folder import Folder
 from mibench.data.sets import ImageSet
-from mibench.errors import DataError, UnknownNameError
+from mibench.errors import DataError, SharedImagesError, UnknownNameError
 from mibench.protocol import DataRule, RoleRule, is_folder
 from mibench.registry import datasets
 from mibench.task import Task
@@ -80,7 +80,8 @@ def load_roles(rule: DataRule, data_root: Path | None, cache: Path) -> Roles:
     protocol's own rule stay.
 
     Raises:
-        DataError: images are missing or unfit, or two roles share many.
+        DataError: images are missing or unfit.
+        SharedImagesError: two roles share many.
         UnavailableError: images must be downloaded and cannot be.
     """
     opened: dict[str, Dataset] = {}
@@ -158,7 +159,7 @@ def _without(images: ImageSet, role: str, earlier: Mapping[str, ImageSet]) -> tu
         shared = set(names).intersection(theirs.hashes())
         count = sum(name in shared for name in names)
         if count > TOLERATED_COPIES * len(theirs):
-            raise DataError(
+            raise SharedImagesError(
                 f"{count} images of the role {role!r} are also in the role {other!r}; "
                 "an attack or a defense would be judged on images it has seen. "
                 "Mend the data folder or the protocol's roles."
