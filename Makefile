@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 
 .DELETE_ON_ERROR:
-.PHONY: run test lint format coverage clean
+.PHONY: run test sabotage lint format coverage clean
 
 run: $(VENV)/.installed
 	$(BIN)/mibench run --defense privdfs --attack diffusion
@@ -15,6 +15,10 @@ run: $(VENV)/.installed
 # One process per core; the tests of a file stay together, since they share what they have trained.
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# Every sabotaged component through its whole battery, and every honest one.
+sabotage: $(VENV)/.installed-dev
+	$(BIN)/python tests/sabotage/run.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

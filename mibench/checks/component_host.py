@@ -7,6 +7,7 @@ from typing import Any
 
 from mibench import registry
 from mibench.checks.host import Answer, State, Tensors, handles
+from mibench.errors import PluginError
 from mibench.params import build
 
 REGISTRIES: dict[str, registry.Registry[Any]] = {
@@ -16,6 +17,32 @@ REGISTRIES: dict[str, registry.Registry[Any]] = {
     "backbone": registry.backbones,
     "metric": registry.metrics,
 }
+
+
+@handles("component.find")
+def find(state: State, header: Mapping[str, Any], tensors: Tensors) -> Answer:  # noqa: ARG001
+    """Tells of which kind the classes of a file are: ``place``, ``classes``.
+
+    Answers:
+        ``found``: pairs of kind and class, for the classes that are a component of some kind.
+
+    Raises:
+        PluginError: the place cannot be imported, or no class is a whole component.
+    """
+    found: list[list[str]] = []
+    why = "it has no classes"
+    for name in header["classes"]:
+        for kind, where in REGISTRIES.items():
+            try:
+                where.load(f"{header['place']}:{name}")
+            except PluginError as error:
+                if "must derive from" not in str(error):
+                    why = str(error)
+                continue
+            found.append([kind, name])
+    if not found:
+        raise PluginError(f"{header['place']} holds no component: {why}")
+    return {"found": found}, {}
 
 
 @handles("component.load")

@@ -7,7 +7,7 @@ import torch
 from mibench import seeding
 from mibench.checks.battery import Battery, Outcome, failed, passed, skipped, warned
 from mibench.checks.defense_wiring import FEW, most_deviating
-from mibench.checks.trial import DRAWS, Trial
+from mibench.checks.trial import DRAWS, LEARNING, Trial
 from mibench.defenses.base import TOLERANCE, Shares
 
 behaviour: Battery[Trial] = Battery()
@@ -329,6 +329,7 @@ def noise_ratio(trial: Trial) -> Outcome:
         told, found = process.ask(
             "defense.scaled",
             {name: one[:64] for name, one in trial.train.items()},
+            seconds=LEARNING,
             factor=factor,
             recipe=recipe,
             draws=6,

@@ -109,7 +109,10 @@ def protect(state: State, header: Mapping[str, Any], tensors: Tensors) -> Answer
             with torch.no_grad():
                 sent = defense.protect(images)
     elements: Sequence[Any] = sent if isinstance(sent, tuple | list) else [sent]
-    wire = {"type": type(sent).__name__, "elements": [_described(one) for one in elements]}
+    wire: dict[str, Any] = {
+        "type": type(sent).__name__,
+        "elements": [_described(one) for one in elements],
+    }
     return {"wire": wire}, _named([one for one in elements if isinstance(one, Tensor)])
 
 
@@ -292,8 +295,8 @@ def scaled(state: State, header: Mapping[str, Any], tensors: Tensors) -> Answer:
     """Multiplies all weights of the client that learn by ``factor``, and trains a few steps.
 
     The recipe's rate is next to nothing: this shows what a client with large features would send,
-    once scales were measured anew. Returns ``draws`` of one server's message (R, B, ...) in training
-    mode, and the loss ``terms`` of the last phase.
+    once scales were measured anew. Returns ``draws`` messages (R, B, ...) for each server, in
+    training mode, and the loss ``terms`` of the last phase.
     """
     defense: Defense = copy.deepcopy(_defense(state))
     kept = state.parts["defense"]
@@ -406,9 +409,9 @@ def _counted() -> Iterator[dict[str, int]]:
         plain(*arguments, **keywords)
 
     hook = register_optimizer_step_pre_hook(stepped)
-    torch.autograd.backward = backward  # type: ignore[assignment]
+    torch.autograd.backward = backward
     try:
         yield counts
     finally:
-        torch.autograd.backward = plain  # type: ignore[assignment]
+        torch.autograd.backward = plain
         hook.remove()

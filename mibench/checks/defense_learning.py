@@ -8,13 +8,15 @@ from torch import Tensor
 
 from mibench.checks.battery import Battery, Outcome, failed, passed, warned
 from mibench.checks.defense_wiring import deviating, most_deviating
-from mibench.checks.trial import Trial
+from mibench.checks.trial import LEARNING, Trial
 
 learning: Battery[Trial] = Battery()
 
 TINY = 1e-12
 """Gradient below which a loss term does not reach a parameter."""
 BATCH = 32
+LOOKED = 100
+"""Steps of the training at whose moments loss terms are looked at."""
 
 
 @learning.check(
@@ -41,7 +43,7 @@ def learns(trial: Trial) -> Outcome:
 
 def _used(trial: Trial, name: str) -> bool:
     """Whether messages or answers change with a parameter."""
-    stream = [trial.seed, "used"]
+    stream: tuple[int, str] = (trial.seed, "used")
     changed = {**trial.weights}
     value = changed[name]
     changed[name] = value + 0.5 * value.abs().mean().clamp_min(0.1)
@@ -70,7 +72,8 @@ def loss_reaches_client(trial: Trial) -> Outcome:
     told, _ = process.ask(
         "defense.terms",
         trial.train,
-        steps=max(100, trial.recipe["steps"]),  # type: ignore[call-overload]
+        seconds=LEARNING,
+        steps=LOOKED,
         batch=BATCH,
         seed=trial.seed,
     )
@@ -80,7 +83,13 @@ def loss_reaches_client(trial: Trial) -> Outcome:
         if one["open"]:
             term = str(one["term"])
             reached[term] = max(reached.get(term, 0.0), float(one["client"]))
+    values = {str(one["term"]): 0.0 for one in told["terms"]}
+    for one in told["terms"]:
+        values[str(one["term"])] += abs(float(one["value"]))
     lost = [term for term, size in reached.items() if not size > TINY]
+    if lost and all(values[term] == 0 for term in lost):
+        # As a hinge has it where its margin is kept.
+        return warned(f"{', '.join(lost)} is 0 whenever it was looked at, so nothing can be told")
     if lost:
         return failed(f"no gradient of {', '.join(lost)} in any parameter of the client")
     sizes = ", ".join(f"{term} {size:.2g}" for term, size in reached.items())

@@ -8,6 +8,7 @@ from torch import Tensor
 from mibench.checks.battery import Battery, Outcome, failed, passed, warned
 from mibench.checks.process import ComponentError, Process
 from mibench.checks.trial import Trial
+from mibench.data.procedural import CLASS_NAMES
 from mibench.deployment import CONSTANT
 from mibench.metrics.cost import bytes_on_wire
 
@@ -100,7 +101,7 @@ def wire_bytes(trial: Trial) -> Outcome:
 )
 def wire_logits(trial: Trial) -> Outcome:
     """The same logits across processes as in one."""
-    stream = [trial.seed, "wire"]
+    stream: tuple[int, str] = (trial.seed, "wire")
     images = trial.some
     _, whole = trial.trainer.ask("defense.answer", {"images": images}, ambient=stream)
     shares = trial.send(images, *stream)
@@ -160,7 +161,7 @@ def input_matters(trial: Trial) -> Outcome:
         apart = (flat - flat[:1]).abs().max() / scale
         if not apart > CONSTANT:
             return failed(f"server {k} gets the same message for every image")
-    wire = [trial.seed, "permuted"]
+    wire: tuple[int, str] = (trial.seed, "permuted")
     own = trial.trainer.ask("defense.answer", {"images": images}, ambient=wire)[1]["logits"]
     moved = trial.trainer.ask("defense.answer", {"images": images}, ambient=wire, shift=1)[1]
     there = trial.logits(tuple(share.roll(1, 0) for share in trial.send(images, *wire)))
@@ -195,7 +196,7 @@ def label_only(trial: Trial) -> Outcome:
     messages = trial.messages
     scale = (messages - messages.mean(0)).norm(dim=1).mean().clamp_min(1e-12)
     rounded = (messages / (1e-3 * scale)).round()
-    different, classes = len(torch.unique(rounded, dim=0)), _classes(trial)
+    different, classes = len(torch.unique(rounded, dim=0)), len(CLASS_NAMES)
     words = f"{different} different messages for {len(messages)} images, {classes} classes"
     return failed(words) if different <= classes else passed(words)
 
@@ -207,17 +208,11 @@ def label_only(trial: Trial) -> Outcome:
 )
 def sends_logits(trial: Trial) -> Outcome:
     """No more values, or dimensions over images, than logits."""
-    messages, classes = trial.messages.double(), _classes(trial)
+    messages, classes = trial.messages.double(), len(CLASS_NAMES)
     values = torch.linalg.svdvals(messages - messages.mean(0))
     rank = int((values > NUMERIC * values.max().clamp_min(1e-30)).sum())
     words = f"{messages.shape[1]} values in {rank} dimensions; the task has {classes} logits"
     return failed(words) if min(messages.shape[1], rank) <= classes else passed(words)
-
-
-def _classes(trial: Trial) -> int:
-    from mibench.data.procedural import CLASS_NAMES
-
-    return len(CLASS_NAMES)
 
 
 @wiring.check(

@@ -92,7 +92,8 @@ def failure(check: str, found: str) -> Finding:
 class Nursery:
     """One process that has imported PyTorch and forks the processes of components.
 
-    Use as a context manager; leaving it ends all children.
+    Use as a context manager; leaving it ends all children. What is in force in the child that was
+    started last is in ``confined``; see `isolation`.
 
     Args:
         preload: modules that are imported once for all children.
@@ -115,6 +116,7 @@ class Nursery:
         finally:
             theirs.close()
         self._ready = False
+        self.confined: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -171,6 +173,7 @@ class Nursery:
         child = Process(self, role, number, ours, output, folder, limits)
         self._children.append(child)
         child.begin()
+        self.confined = child.confined
         return child
 
     def ended(self, number: int) -> int:
@@ -379,7 +382,7 @@ class Process:
         kind, message = told.get("kind"), _shown(str(told.get("message", "")))
         if refused:
             return ComponentError(refused[0])
-        if kind == "mibench" and do.endswith((".load", ".build")):
+        if kind == "mibench" and do.endswith((".load", ".build", ".find")):
             return MibenchError(message)
         said = f"{_shown(str(told.get('type', '')))}: {message} ({_shown(str(told.get('where')))})"
         what = f"in {do}, the {self.role} "
@@ -431,6 +434,28 @@ class Process:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 kill(self._number, signal.SIGKILL)
         return self._nursery.ended(self._number)
+
+
+def isolation(confined: Mapping[str, Any]) -> str:
+    """Says in words what a component was kept from by the kernel, and what it was not."""
+    walls = {
+        "files": "writing outside its folder and reading the user's files",
+        "network": "opening connections",
+        "processes": "starting programs and touching other processes",
+    }
+    held = [words for name, words in walls.items() if confined.get(name)]
+    open_ = [words for name, words in walls.items() if not confined.get(name)]
+    said = f"The component ran in processes that the kernel keeps from {', '.join(held)}."
+    if open_:
+        said = said if held else "The component ran in processes of its own."
+        said += (
+            f" NOT isolated here: {', '.join(open_)}. Python code is watched, which hostile code "
+            "gets round: run what you do not trust on Linux 5.13 or later, or in a container."
+        )
+    missing = confined.get("missing") or []
+    if missing:
+        said += f" Limits that this system lacks: {', '.join(map(str, missing))}."
+    return said
 
 
 def _environment(folder: Path) -> dict[str, str]:

@@ -25,6 +25,8 @@ TRAIN, MANY, SOME = 256, 256, 32
 DRAWS = 8
 """Transmissions of the same images, to know their noise by."""
 NEUTRAL = "mibench check"
+LEARNING = 120.0
+"""Seconds that the short training may take, also on a busy machine."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Setting:
 
 
 MAPS = Setting("maps", "small-resnet", {"stem": 16, "width": 16}, "stem")
-TOKENS = Setting("tokens", "small-vit", {"width": 32, "depth": 2, "heads": 2}, "block1")
+TOKENS = Setting("tokens", "small-vit", {"width": 32, "depth": 4, "heads": 2}, "block1")
 SETTINGS = (MAPS, TOKENS)
 
 
@@ -150,7 +152,9 @@ class Trial:
     @cached_property
     def trained(self) -> dict[str, Any]:
         """What the training said of itself."""
-        said, _ = self.trainer.ask("defense.fit", self.train, recipe=self.recipe, seed=self.seed)
+        said, _ = self.trainer.ask(
+            "defense.fit", self.train, seconds=LEARNING, recipe=self.recipe, seed=self.seed
+        )
         return said
 
     @cached_property

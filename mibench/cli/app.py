@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from mibench import __version__
-from mibench.cli import doctor, listing, prior, protocols, run, show
+from mibench.cli import check, doctor, listing, prior, protocols, run, show
 from mibench.errors import MibenchError
 
 MISTAKE = 2
@@ -66,6 +66,7 @@ def _options(
 app.command("run")(run.run)
 app.command("list")(listing.list_components)
 app.command("show")(show.show)
+app.command("check")(check.check)
 app.add_typer(protocols.app, name="protocols")
 app.add_typer(prior.app, name="prior")
 app.command("doctor")(doctor.doctor)
