@@ -39,6 +39,10 @@ class DataError(MibenchError):
     """Images that are missing, unreadable or not of the declared size and layout."""
 
 
+class SharedImagesError(DataError):
+    """Roles of a protocol that hold the same pictures."""
+
+
 class StorageError(MibenchError):
     """A folder that cannot be written, or a disk that is full."""
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from mibench.artifacts import ArtifactStore
 from mibench.assault import coalitions_of
 from mibench.attacks.base import Attack
+from mibench.data.near import count_near_copies
 from mibench.data.roles import Roles, load_roles
 from mibench.data.sets import ImageSet
 from mibench.defenses.base import Defense
@@ -89,6 +90,7 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
     opened = open_record(job, device)
     torch.set_num_threads(job.protocol.threads)
     roles = load_roles(job.protocol.data, data_root, store.root)
+    near = count_near_copies(roles, store)
 
     deployed = fit(job, roles, store, device)
     bare = job.defense == UNDEFENDED
@@ -130,6 +132,7 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
             calibration=struck.calibration,
             convergence=struck.convergence,
             suite=struck.suite,
+            near_copies=near,
             seconds_per_image=struck.seconds_per_image,
             attack_facts=struck.facts,
             information=told.scores,
@@ -230,7 +233,7 @@ def open_record(job: Job, device: str) -> Record:
             )
         if job.converge:
             one.doubled().budget()  # a bound that twice the budget breaks shows now, not in the end
-        found[one.attack] = _component(method, one.attack, one.merged_attack_params())
+        found[one.attack] = component_of(method, one.attack, one.merged_attack_params())
     return Record(
         status="started",
         protocol=ProtocolId(
@@ -240,9 +243,9 @@ def open_record(job: Job, device: str) -> Record:
             ranked=protocol.ranked and not job.deviations(),
             values=protocol.recorded(),
         ),
-        defense=_component(defenses.load(job.defense), job.defense, job.defense_params),
+        defense=component_of(defenses.load(job.defense), job.defense, job.defense_params),
         attack=_suite(found) if job.suite else found[job.attack],
-        backbone=_component(backbones.load(backbone.name), backbone.name, backbone.params),
+        backbone=component_of(backbones.load(backbone.name), backbone.name, backbone.params),
         seed=job.seed,
         deviations=job.deviations(),
         convergence=[] if job.converge else None,
@@ -274,7 +277,12 @@ def data_facts(protocol: Protocol, roles: Roles) -> DataFacts:
     )
 
 
-def _component(cls: type, name: str, values: Mapping[str, Json]) -> Component:
+def component_of(cls: type, name: str, values: Mapping[str, Json]) -> Component:
+    """A defense, attack or backbone with its code and with all its parameters.
+
+    Raises:
+        InvalidParamsError: a parameter that it refuses.
+    """
     kind = {Defense: "defense", Attack: "attack"}
     owner = next((word for base, word in kind.items() if issubclass(cls, base)), "backbone")
     params = build(cls.Params, values, f"{owner} {name}")  # type: ignore[attr-defined]

@@ -105,13 +105,8 @@ class Job:
 
     def doubled(self) -> Job:
         """The same single attack with twice its budget."""
-        params = dict(self.attack_params)
-        for key, value in self.budget().items():
-            nested: Json = 2 * value
-            for part in reversed(key.split(".")):
-                nested = {part: nested}
-            assert isinstance(nested, Mapping)
-            params = merged(params, nested)
+        twice = {key: 2 * value for key, value in self.budget().items()}
+        params = with_counts(self.attack_params, twice)
         return replace(self, attack_params=params, converge=False)
 
     def _own_params(self, name: str) -> Mapping[str, Json]:
@@ -154,3 +149,15 @@ class Job:
         if self.seed not in self.protocol.seeds:
             found.append(f"seed {self.seed} is none of the protocol's {list(self.protocol.seeds)}")
         return found
+
+
+def with_counts(params: Mapping[str, Json], counts: Mapping[str, int]) -> dict[str, Json]:
+    """Returns parameters with other counts, which are named with dots."""
+    found = dict(params)
+    for key, value in counts.items():
+        nested: Json = value
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        assert isinstance(nested, Mapping)
+        found = merged(found, nested)
+    return found

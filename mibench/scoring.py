@@ -227,12 +227,17 @@ def _tried(name: str, call: Callable[[], T]) -> T:
         raise
 
 
-def _summed_up(metric: Metric, values: Tensor, seed: int) -> Score:
-    """Mean with its interval, and how bad it is for those whom it hits worst."""
-    sign = 1 if metric.more_leakage == "higher" else -1
+def spread(values: Tensor, more_leakage: str) -> dict[str, float]:
+    """How bad values (N,) are for those whom they hit worst: median, 95th percentile, worst."""
+    sign = 1 if more_leakage == "higher" else -1
     p50, p95 = sign * torch.quantile(sign * values, torch.tensor([0.5, 0.95], dtype=values.dtype))
-    spread = {"p50": float(p50), "p95": float(p95), "worst": float(sign * (sign * values).max())}
-    return _as_score(metric, estimate_mean(values, seed)).model_copy(update=spread)
+    return {"p50": float(p50), "p95": float(p95), "worst": float(sign * (sign * values).max())}
+
+
+def _summed_up(metric: Metric, values: Tensor, seed: int) -> Score:
+    """Mean with its interval, and the spread."""
+    summary = _as_score(metric, estimate_mean(values, seed))
+    return summary.model_copy(update=spread(values, metric.more_leakage))
 
 
 def summed_up(name: str, values: Tensor, seed: int) -> Score:

@@ -361,7 +361,7 @@ def _picked(images: Mapping[str, Tensor], chosen: Mapping[str, list[str]]) -> Te
     return torch.stack([images[name][at] for at, name in enumerate(chosen[shown])])
 
 
-def _within(gains: dict[str, float]) -> bool | None:
+def settled(gains: dict[str, float]) -> bool | None:
     """Whether all changes are small; None where nothing was scored that could tell."""
     known = {name: gains[name] for name in CONVERGED if name in gains}
     return all(abs(gains[name]) <= CONVERGED[name] for name in known) if known else None
@@ -373,5 +373,5 @@ def _convergence(job: Job, gains: dict[str, float]) -> Convergence:
         attack=job.label,
         budget={key: (value, after[key]) for key, value in before.items()},
         gained=gains,
-        converged=_within(gains) if before else True,
+        converged=settled(gains) if before else True,
     )

@@ -26,7 +26,8 @@ CHECKS: dict[str, Check[Trial]] = {
 """All checks of a defense by name, in order, but for the limits of its processes."""
 PRELOAD = ("timm", "mibench.checks.defense_host", "mibench.backbones.small_resnet")
 """What the processes of defenses need and would import one by one."""
-NAMES = (*CHECKS, "raises", *LIMIT_CHECKS)
+RUNS, RUNS_TRIED = "runs", "built, trained and used the defense on this backbone"
+NAMES = (RUNS, *CHECKS, *LIMIT_CHECKS)
 
 
 def check_defense(
@@ -68,7 +69,7 @@ def check_defense(
             trial.close()
         if any(one.check.startswith("limit-") for _, one in found):
             break
-    kept = worst(found)
+    kept = _runs_somewhere(worst(found), found)
     done = {one.check for one in kept}
     for check in LIMIT_CHECKS:
         if check not in done and (only is None or check in only):
@@ -82,31 +83,70 @@ def _tried(
 ) -> Iterator[Finding]:
     title = trial.setting.title
     try:
-        progress(f"{title}: building")
-        assert trial.trainer
-        if trial.misfit is not None:
-            yield Finding(
-                "builds", Verdict.SKIPPED, "built the defense on this backbone", trial.misfit
-            )
+        progress(f"{title}: training")
+        misfit = _misfit(trial)
+        if misfit is not None:
+            yield Finding(RUNS, Verdict.SKIPPED, RUNS_TRIED, misfit)
             return
         for check in CHECKS.values():
-            if only is not None and check.name not in only:
-                continue
-            progress(f"{title}: {check.name}")
-            try:
-                yield check.finding(trial)
-            except ComponentError as error:
-                if error.finding.check != "raises":
-                    raise
-                yield error.finding
+            if only is None or check.name in only:
+                progress(f"{title}: {check.name}")
+                yield _judged(check, trial)
         if only is not None and not set(only) & set(CHECKS):
             # The limits are judged while the defense does what it is for.
             progress(f"{title}: sending")
             trial.logits(trial.send(trial.some))
+        yield Finding(RUNS, Verdict.PASSED, RUNS_TRIED, "it trains, sends and answers")
     except ComponentError as error:
         yield error.finding
     for process in trial.processes:
         yield from process.findings
+
+
+def _runs_somewhere(kept: list[Finding], found: list[tuple[str, Finding]]) -> list[Finding]:
+    """Says on which backbones it runs; a defense that runs on none has failed."""
+    ran = [title for title, one in found if one.check == RUNS and one.verdict is Verdict.PASSED]
+    why = [
+        f"{title}: {one.found}".removeprefix(": ")
+        for title, one in found
+        if one.check == RUNS and one.verdict is Verdict.SKIPPED
+    ]
+    if not why:
+        return kept
+    others = [one for one in kept if one.check != RUNS]
+    advice = "take the shape of the features from split.feature_shape: maps or tokens"
+    if not ran and not others:
+        words = "; ".join(why)
+        return [Finding(RUNS, Verdict.FAILED, RUNS_TRIED, words, advice)]
+    words = f"not on {'; '.join(why)}"
+    return [Finding(RUNS, Verdict.WARNED, RUNS_TRIED, words, advice), *others]
+
+
+def _misfit(trial: Trial) -> str | None:
+    """Why the defense cannot be used on this backbone at all: it refuses, or it raises."""
+    try:
+        assert trial.trainer
+        if trial.misfit is None:
+            trial.trainer.ask("defense.answer", {"images": trial.some})
+            assert trial.trained
+    except ComponentError as error:
+        if error.finding.check != "raises":
+            raise
+        return error.finding.found
+    return trial.misfit
+
+
+def _judged(check: Check[Trial], trial: Trial) -> Finding:
+    try:
+        return check.finding(trial)
+    except ComponentError as error:
+        if error.finding.check != "raises":
+            raise
+        found = error.finding.found
+    except (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError) as error:
+        # Tensors of a shape, type or size that no defense of this contract answers with.
+        found = f"what it answered cannot be judged: {' '.join(str(error).split())[:200]}"
+    return Finding(check.name, Verdict.FAILED, check.tried, found, check.advice)
 
 
 def located(name: str) -> tuple[str, tuple[Path, ...]]:

@@ -137,14 +137,16 @@ def _ridge(x: Tensor, y: Tensor, wanted: Tensor) -> Tensor:
     kernel, across = x @ x.T, wanted @ x.T
     held = len(x) // 10
     best, weight = torch.inf, 1.0
-    power = float(kernel.diagonal().mean())
+    power = max(float(kernel.diagonal().mean()), 1e-12)  # 0 where all messages are alike
     for candidate in (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0):
         inner = kernel[held:, held:] + candidate * power * torch.eye(len(x) - held).double()
         fitted = kernel[:held, held:] @ torch.linalg.solve(inner, y[held:] - level) + level
         error = float((fitted - y[:held]).square().mean())
         if error < best:
             best, weight = error, candidate
-    solved: Tensor = torch.linalg.solve(kernel + weight * power * torch.eye(len(x)).double(), y - level)
+    solved: Tensor = torch.linalg.solve(
+        kernel + weight * power * torch.eye(len(x)).double(), y - level
+    )
     answer: Tensor = across @ solved + level
     return answer.float()
 

@@ -109,7 +109,10 @@ def protect(state: State, header: Mapping[str, Any], tensors: Tensors) -> Answer
             with torch.no_grad():
                 sent = defense.protect(images)
     elements: Sequence[Any] = sent if isinstance(sent, tuple | list) else [sent]
-    wire: dict[str, Any] = {"type": type(sent).__name__, "elements": [_described(one) for one in elements]}
+    wire: dict[str, Any] = {
+        "type": type(sent).__name__,
+        "elements": [_described(one) for one in elements],
+    }
     return {"wire": wire}, _named([one for one in elements if isinstance(one, Tensor)])
 
 

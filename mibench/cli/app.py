@@ -11,7 +11,18 @@ import typer
 from typer.core import TyperGroup
 
 from mibench import __version__
-from mibench.cli import check, doctor, listing, prior, protocols, reproduce, rescore, run, show, sweep
+from mibench.cli import (
+    check,
+    doctor,
+    listing,
+    prior,
+    protocols,
+    reproduce,
+    rescore,
+    run,
+    show,
+    sweep,
+)
 from mibench.errors import MibenchError
 
 MISTAKE = 2

@@ -13,7 +13,7 @@ from mibench import progress
 from mibench.data.base import Dataset
 from mibench.data.folder import Folder
 from mibench.data.sets import ImageSet
-from mibench.errors import DataError, UnknownNameError
+from mibench.errors import DataError, SharedImagesError, UnknownNameError
 from mibench.protocol import DataRule, RoleRule, is_folder
 from mibench.registry import datasets
 from mibench.task import Task
@@ -80,7 +80,8 @@ def load_roles(rule: DataRule, data_root: Path | None, cache: Path) -> Roles:
     protocol's own rule stay.
 
     Raises:
-        DataError: images are missing or unfit, or two roles share many.
+        DataError: images are missing or unfit.
+        SharedImagesError: two roles share many.
         UnavailableError: images must be downloaded and cannot be.
     """
     opened: dict[str, Dataset] = {}
@@ -105,6 +106,17 @@ def load_roles(rule: DataRule, data_root: Path | None, cache: Path) -> Roles:
         task=opened[rule.dataset].task,
         left_out={role: count for role, count in left_out.items() if count},
     )
+
+
+def private_images(dataset: Dataset, rule: DataRule) -> tuple[ImageSet, Tensor]:
+    """Returns the private images of a protocol, and the places of the attacked ones.
+
+    Raises:
+        DataError: see `role_images`; or too few of them differ.
+        UnavailableError: see `Dataset.load`.
+    """
+    images = role_images(dataset, rule.private)
+    return images, _distinct(images, rule.attacked)
 
 
 def role_images(dataset: Dataset, role: RoleRule) -> ImageSet:
@@ -147,7 +159,7 @@ def _without(images: ImageSet, role: str, earlier: Mapping[str, ImageSet]) -> tu
         shared = set(names).intersection(theirs.hashes())
         count = sum(name in shared for name in names)
         if count > TOLERATED_COPIES * len(theirs):
-            raise DataError(
+            raise SharedImagesError(
                 f"{count} images of the role {role!r} are also in the role {other!r}; "
                 "an attack or a defense would be judged on images it has seen. "
                 "Mend the data folder or the protocol's roles."
