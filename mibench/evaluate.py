@@ -109,9 +109,8 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
             left_out[name] = str(error)
     if not strikes:
         raise NotApplicableError("; ".join(left_out.values()))
-    # Every attack meets the same adversary.
-    read = tuple(next(iter(strikes.values())).adversary.corrupted)
-    told = tell(job, deployed, read, roles, store, device)
+    told = tell(job, deployed, next(iter(strikes.values())).adversary.worst, roles, store, device)
+    told_bare = told if bare else tell(job.undefended(), reference, (0,), roles, store, device)
     model = _of_the_model(job, deployed, reference, roles)
 
     def result(opened: Record, struck: Strike, parts: Mapping[str, Result]) -> Result:
@@ -136,6 +135,7 @@ def evaluate(job: Job, store: ArtifactStore, data_root: Path | None, device: str
             seconds_per_image=struck.seconds_per_image,
             attack_facts=struck.facts,
             information=told.scores,
+            information_undefended=told_bare.scores,
             information_facts=told.facts,
             **model.fields,
         )

@@ -119,6 +119,13 @@ class AdversaryFacts(_Part):
     broken: int = 0
     coalitions: list[list[int]] = []
 
+    @property
+    def worst(self) -> tuple[int, ...]:
+        """The coalition that the screening found worst; without a screening, the one that reads."""
+        if not self.screening:
+            return tuple(self.corrupted)
+        return tuple(map(int, min(self.screening, key=self.screening.__getitem__).split("+")))
+
 
 class DataFacts(_Part):
     """Which images were used.
@@ -285,8 +292,9 @@ class Record(_Part):
         convergence: one entry for each attack; null where it was not asked for.
         suite: of a suite, or of every coalition, what each of its attacks did alone.
         distribution: scores that a set of reconstructions has as a whole, such as FID.
-        information: what the corrupted servers' shares tell, whatever the attack, on images of the
-            attacker; one score per measure.
+        information: what the shares of the worst coalition tell, whatever the attack, on images of
+            the attacker; one score per measure.
+        information_undefended: the same of the undefended split, to compare with.
         information_facts: what a measure notes beside its number, by measure, such as the value of
             each seed.
         judge: who recognised the images; null where the protocol has no judge.
@@ -323,6 +331,7 @@ class Record(_Part):
     suite: list[SuitePart] = []
     distribution: list[Score] = []
     information: list[Score] = []
+    information_undefended: list[Score] = []
     information_facts: dict[str, JsonValue] = {}
     judge: JudgeFacts | None = None
     near_copies: dict[str, int] = {}

@@ -87,16 +87,21 @@ def _information(record: Record) -> Table:
     table.add_column("measure")
     table.add_column("value", justify="right")
     table.add_column("95 % interval")
+    table.add_column("undefended", justify="right")
     table.add_column("how")
+    bare = {score.metric: score.value for score in record.information_undefended}
     for score in record.information:
+        other = bare.get(score.metric)
+        undefended = "-" if other is None else _short(other)
         if score.value is None:
-            table.add_row(score.metric, "-", "-", score.reason)
+            table.add_row(score.metric, "-", "-", undefended, score.reason)
             continue
         unit = f" {score.unit}" if score.unit else ""
         interval = "-"
         if score.ci_low is not None and score.ci_high is not None:
             interval = f"{_short(score.ci_low)} to {_short(score.ci_high)}"
-        table.add_row(score.metric, f"{_short(score.value)}{unit}", interval, score.source or "")
+        value = f"{_short(score.value)}{unit}"
+        table.add_row(score.metric, value, interval, undefended, score.source or "")
     return table
 
 
