@@ -82,6 +82,11 @@ def test_a_record_holds_every_measure_and_the_whole_cost(store):
     assert found["vib-kl"].value is None
     assert found["vib-kl"].reason
     assert record.information_facts["volume"]["values"] == 2048
+    bare = {score.metric: score for score in record.information_undefended}
+    assert list(bare) == list(found)
+    # Without noise the message tells all of the image, and ReLU leaves zeros in it.
+    assert bare["conditional-entropy-bound"].value is None
+    assert bare["volume"].value < found["volume"].value
     cost = record.cost
     # At least the image and what is sent.
     assert cost.peak_activation_bytes >= 4 * (3 * 32 * 32 + 2048)
