@@ -7,6 +7,7 @@ import torch
 from mibench import seeding
 from mibench.checks.battery import Battery, Outcome, failed, passed, skipped, warned
 from mibench.checks.defense_wiring import FEW, most_deviating
+from mibench.checks.shares import named, unnamed
 from mibench.checks.trial import DRAWS, LEARNING, Trial
 from mibench.defenses.base import TOLERANCE, Shares
 
@@ -248,7 +249,7 @@ def law(trial: Trial) -> Outcome:
         scores.append(gradients)
     _, others = _likelihood(trial, images.roll(1, 0), shares)
     strange = trial.client.ask(
-        "defense.likelihood", {"images": images.roll(1, 0), **_named(shares)}
+        "defense.likelihood", {"images": images.roll(1, 0), **named(shares)}
     )[1]["value"]
     share = float((value > strange).double().mean())
     if share < 0.9:
@@ -284,7 +285,7 @@ def law(trial: Trial) -> Outcome:
 def _likelihood(
     trial: Trial, images: torch.Tensor, shares: Shares
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    _, found = trial.client.ask("defense.likelihood", {"images": images, **_named(shares)})
+    _, found = trial.client.ask("defense.likelihood", {"images": images, **named(shares)})
     count = len(shares)
     if "share.0.grad" not in found:
         return found["value"], [torch.zeros_like(one) for one in shares]
@@ -306,10 +307,6 @@ def _fall(trial: Trial, images: torch.Tensor, shares: Shares, value: torch.Tenso
         arrived += there.flatten(1).sum(1)
     off, _ = _likelihood(trial, images, tuple(noisy))
     return float(((value - off) / (arrived / 2).clamp_min(1)).mean())
-
-
-def _named(shares: Shares) -> dict[str, torch.Tensor]:
-    return {f"share.{k}": share for k, share in enumerate(shares)}
 
 
 @behaviour.check(
@@ -335,7 +332,7 @@ def noise_ratio(trial: Trial) -> Outcome:
             draws=6,
             seed=trial.seed,
         )
-        power[factor] = _signal_to_noise([found[f"share.{k}"] for k in range(len(found))])
+        power[factor] = _signal_to_noise(unnamed(found))
         terms[factor] = sum(v for name, v in told["terms"].items() if name != "task")
     grown = power[64] / max(power[8], 1e-12)
     words = ", ".join(f"{value:.3g} at {factor}x" for factor, value in power.items())
@@ -348,7 +345,7 @@ def noise_ratio(trial: Trial) -> Outcome:
     return passed(words)
 
 
-def _signal_to_noise(draws: list[torch.Tensor]) -> float:
+def _signal_to_noise(draws: Shares) -> float:
     signal = noise = 0.0
     for one in draws:
         flat = one.double().flatten(2)  # (R, B, values)

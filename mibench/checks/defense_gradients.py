@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mibench import seeding
 from mibench.checks.battery import Battery, Outcome, failed, passed, skipped, warned
+from mibench.checks.shares import named
 from mibench.checks.trial import Trial
 from mibench.defenses.base import Shares
 
@@ -33,7 +34,7 @@ READABLE = 1.0
 def grad_zero(trial: Trial) -> Outcome:
     """Most pixels have a gradient."""
     shares = trial.send(trial.some.roll(1, 0), trial.seed, "zero")
-    told, found = trial.client.ask("defense.likelihood", {"images": trial.some, **_named(shares)})
+    told, found = trial.client.ask("defense.likelihood", {"images": trial.some, **named(shares)})
     if told["constant"] or "images.grad" not in found:
         return failed("the log-likelihood does not depend on the image differentiably")
     gradient = found["images.grad"]
@@ -109,7 +110,7 @@ def _climb(trial: Trial, guess: Tensor, received: Shares, test: Tensor) -> tuple
     """Log-likelihood of the guess, of the best image on the way, and of the true image."""
 
     def ask(images: Tensor) -> tuple[Tensor, Tensor]:
-        _, found = trial.client.ask("defense.likelihood", {"images": images, **_named(received)})
+        _, found = trial.client.ask("defense.likelihood", {"images": images, **named(received)})
         gradient = found.get("images.grad", torch.zeros_like(images))
         return found["value"].double(), gradient.nan_to_num()
 
@@ -168,7 +169,3 @@ def _correlation(one: Tensor, other: Tensor) -> float:
     if not (bool(a.isfinite().all()) and bool(b.isfinite().all())):
         return 0.0
     return float((a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-30))
-
-
-def _named(shares: Shares) -> dict[str, Tensor]:
-    return {f"share.{k}": share for k, share in enumerate(shares)}

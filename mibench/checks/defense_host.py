@@ -19,6 +19,7 @@ from mibench import seeding
 from mibench.artifacts import Checkpoint
 from mibench.backbones.base import BackboneSpec
 from mibench.checks.host import Answer, State, Tensors, handles
+from mibench.checks.shares import named, unnamed
 from mibench.data.sets import ImageSet
 from mibench.defenses.base import Defense, Shares, divided
 from mibench.errors import InvalidParamsError
@@ -113,14 +114,14 @@ def protect(state: State, header: Mapping[str, Any], tensors: Tensors) -> Answer
         "type": type(sent).__name__,
         "elements": [_described(one) for one in elements],
     }
-    return {"wire": wire}, _named([one for one in elements if isinstance(one, Tensor)])
+    return {"wire": wire}, named([one for one in elements if isinstance(one, Tensor)])
 
 
 @handles("defense.predict")
 def predict(state: State, header: Mapping[str, Any], tensors: Tensors) -> Answer:
     """Returns the parameters of the message."""
     with torch.no_grad(), _ambient(header):
-        return {}, _named(_defense(state).predict(tensors["images"]))
+        return {}, named(_defense(state).predict(tensors["images"]))
 
 
 @handles("defense.serve")
@@ -134,7 +135,7 @@ def serve(state: State, header: Mapping[str, Any], tensors: Tensors) -> Answer:
 def fuse(state: State, header: Mapping[str, Any], tensors: Tensors) -> Answer:
     """Returns the ``logits`` that the client makes of all replies."""
     with torch.no_grad(), _ambient(header):
-        return {}, {"logits": _defense(state).fuse(_tuple(tensors))}
+        return {}, {"logits": _defense(state).fuse(unnamed(tensors, "reply"))}
 
 
 @handles("defense.answer")
@@ -157,7 +158,7 @@ def likelihood(state: State, header: Mapping[str, Any], tensors: Tensors) -> Ans
     ``images.grad`` is that in the images, ``share.K.grad`` those in the shares.
     """
     images = tensors["images"].clone().requires_grad_()
-    shares = tuple(one.clone().requires_grad_() for one in _shares(tensors))
+    shares = tuple(one.clone().requires_grad_() for one in unnamed(tensors))
     value = _likelihood(_defense(state), shares, images)
     if not value.requires_grad:
         return {"constant": True}, {"value": value}
@@ -166,8 +167,8 @@ def likelihood(state: State, header: Mapping[str, Any], tensors: Tensors) -> Ans
         torch.zeros_like(one) if grad is None else grad
         for one, grad in zip((images, *shares), found, strict=True)
     ]
-    named = {f"share.{k}.grad": one for k, one in enumerate(whole[1:])}
-    return {"constant": False}, {"value": value, "images.grad": whole[0], **named}
+    slopes = {f"share.{k}.grad": one for k, one in enumerate(whole[1:])}
+    return {"constant": False}, {"value": value, "images.grad": whole[0], **slopes}
 
 
 def _likelihood(defense: Defense, shares: Shares, images: Tensor) -> Tensor:
@@ -318,7 +319,7 @@ def scaled(state: State, header: Mapping[str, Any], tensors: Tensors) -> Answer:
         state.parts["defense"] = kept
     values = {name: float(value) for name, value in found.items()}
     stacked = [torch.stack(parts) for parts in zip(*draws, strict=True)]
-    return {"terms": values}, _named(stacked)
+    return {"terms": values}, named(stacked)
 
 
 def _last(defense: Defense) -> str:
@@ -353,18 +354,6 @@ def _defense(state: State) -> Defense:
 
 def _images(tensors: Tensors) -> ImageSet:
     return ImageSet(tensors["pixels"], tensors["labels"])
-
-
-def _shares(tensors: Tensors) -> Shares:
-    return tuple(tensors[f"share.{k}"] for k in range(sum(n.startswith("share.") for n in tensors)))
-
-
-def _tuple(tensors: Tensors) -> Shares:
-    return tuple(tensors[f"reply.{k}"] for k in range(len(tensors)))
-
-
-def _named(shares: Sequence[Tensor]) -> Tensors:
-    return {f"share.{k}": share for k, share in enumerate(shares)}
 
 
 def _described(one: Any) -> dict[str, Any]:

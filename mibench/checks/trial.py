@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mibench.checks.confine import Limits
 from mibench.checks.process import Nursery, Process
+from mibench.checks.shares import unnamed
 from mibench.data.procedural import CLASS_NAMES, INDEX_LIMIT, SEED_LIMIT, render
 from mibench.defenses.base import Shares
 from mibench.files import Json
@@ -224,12 +225,12 @@ class Trial:
         stream: list[Json] = [*(ambient or (self.seed, NEUTRAL))]
         ask = (process or self.client).ask
         _, found = ask("defense.protect", {"images": images}, ambient=stream, grad=grad)
-        return tensors_of(found)
+        return unnamed(found)
 
     def predict(self, images: Tensor, *ambient: str | int) -> Shares:
         """Returns the message's parameters."""
         stream: list[Json] = [*(ambient or (self.seed, NEUTRAL))]
-        return tensors_of(self.client.ask("defense.predict", {"images": images}, ambient=stream)[1])
+        return unnamed(self.client.ask("defense.predict", {"images": images}, ambient=stream)[1])
 
     def replies(self, shares: Shares) -> Shares:
         """Returns the reply of every server, each from its own process, to its own share."""
@@ -271,8 +272,3 @@ class Trial:
             usual += float((draws - mean).square().sum()) / (len(draws) - 1)
             apart += float((share.float() - mean).square().sum())
         return apart / max(usual * (1 + 1 / DRAWS), 1e-30)
-
-
-def tensors_of(found: Mapping[str, Tensor]) -> Shares:
-    """Returns ``share.0``, ``share.1``, ... of an answer as a tuple."""
-    return tuple(found[f"share.{k}"] for k in range(len(found)))
