@@ -29,7 +29,8 @@ PLACES = {
 TOLERANCE = {"psnr": 1.0, "ssim": 0.03, "lpips": 0.03, "accuracy": 0.03, "balanced accuracy": 0.03}
 """How far the mean of the same images may move when a training is repeated, by metric, in its unit.
 
-Measured, see ``docs/noise-floor.md``. A metric that is not here has a tolerance of 0.
+Provisional until the measurement of ``docs/noise-floor.md`` is complete. A metric that is not here
+has a tolerance of 0.
 """
 CIRCUMSTANCES = ("code", "packages", "machine")
 """Places whose differences need not have an effect."""
