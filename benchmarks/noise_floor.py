@@ -32,9 +32,8 @@ RESULTS = HERE / "results" / "noise-floor.json"
 DEFENSES = ("none", "noise", "privdfs")
 SEEDS = (0, 1, 2, 3, 4)
 BATCHES = (8, 64)
-SCORES = ("psnr", "ssim", "leakage(psnr)", "leakage(ssim)")
-TABLED = ("psnr", "ssim", "leakage(psnr)", "leakage(ssim)", "accuracy")
-COLUMNS = ("mse", "psnr", "ssim")
+COLUMNS = ("mse", "psnr", "ssim", "recognition", "reid-top1", "reid-top5", "reid-mrr")
+TABLED = (*COLUMNS[1:], "leakage(psnr)", "leakage(ssim)", "leakage(reid-mrr)", "accuracy")
 ATTACKS = ("linear", "decoder", SUITE)
 
 
@@ -108,7 +107,7 @@ def read(work: Path, variant: str, defense: str, attack: str) -> tuple[Record, p
 def numbers(record: Record) -> dict[str, float]:
     """The means of a record that the tables show, by name."""
     wanted: list[Score] = [*record.scores, *record.leakage, *record.utility]
-    keep = (*SCORES, "mse", "accuracy")
+    keep = {"mse", *TABLED}
     return {one.metric: one.value for one in wanted if one.metric in keep and one.value is not None}
 
 
