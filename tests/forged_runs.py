@@ -161,12 +161,18 @@ def without_values(fields, missing):
             update=dict.fromkeys(("value", "ci_low", "ci_high", "p50", "p95", "worst", "source"))
             | {"n": 0, "reason": "its weights are not here"}
         )
-        names = [f"leakage({name})" if place == "leakage" else name for name in missing]
-        lower = {
-            "higher_is_better": place == "leakage",
-            "unit": "" if place != "leakage" else blank.unit,
-        }
-        found[place] = scores + [blank.model_copy(update={"metric": n} | lower) for n in names]
+        found[place] = list(scores)
+        for name in missing:
+            known = metrics.load(name)
+            own = {
+                "metric": name,
+                "version": known.version,
+                "unit": known.unit,
+                "higher_is_better": known.more_leakage == "higher",
+            }
+            if place == "leakage":
+                own |= {"metric": f"leakage({name})", "unit": blank.unit, "higher_is_better": True}
+            found[place].append(blank.model_copy(update=own))
     return found
 
 
