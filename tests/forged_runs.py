@@ -6,17 +6,18 @@ import json
 import torch
 
 from mibench import seeding
-from mibench.controls import best_guess, permute
+from mibench.controls import permute
 from mibench.data.procedural import Procedural
-from mibench.data.roles import Roles, private_images
+from mibench.data.roles import private_images
 from mibench.data.sets import ImageSet
 from mibench.evaluate import Result, manifest_text, open_record
 from mibench.job import Job
 from mibench.metrics.intervals import estimate_mean, normalised_leakage
 from mibench.outputs import write_result
 from mibench.protocol import ROLES, load_protocol
-from mibench.record import AdversaryFacts, Calibration, Cost, DataFacts
-from mibench.scoring import leakage_scores, score, spread, utility_scores
+from mibench.record import AdversaryFacts, Calibration, Cost, DataFacts, Score
+from mibench.registry import metrics
+from mibench.scoring import Scores, leakage_scores, spread, utility_scores
 from mibench.task import Classification
 
 ID = "cifar10-lite-v1"
@@ -62,22 +63,16 @@ def forge(folder, *, seed=0, undefended=0.012, attack="decoder", protocol_id=ID)
             hashlib.sha256(str(at).encode()).hexdigest()
             for at in range(data.private.count - data.attacked)
         ]
-    others = pictures(64, data.image_size, 2)
-    roles = Roles(others, others, others, private, torch.arange(data.attacked), CLASSES)
     originals = private.images()
     rebuilt = disturbed(originals, 0.05, 3)
     permuted = permute((rebuilt,))[0]
     draws = seeding.derive(seed, "intervals")
     scored = {
-        "scores": score(names, rebuilt, originals, draws),
-        "undefended": score(names, disturbed(originals, undefended, 4), originals, draws),
-        "permuted": score(names, permuted, originals, draws),
-        "prior_only": best_guess(
-            names,
-            {"mean-image": torch.full_like(originals, 0.5)},
-            roles.validation,
-            originals,
-            draws,
+        "scores": scores_of(names, rebuilt, originals, draws),
+        "undefended": scores_of(names, disturbed(originals, undefended, 4), originals, draws),
+        "permuted": scores_of(names, permuted, originals, draws),
+        "prior_only": scores_of(names, torch.full_like(originals, 0.5), originals, draws).named(
+            "mean-image"
         ),
     }
     right = torch.rand(data.private.count, generator=torch.Generator().manual_seed(5)) < 0.7
@@ -135,6 +130,29 @@ def forge(folder, *, seed=0, undefended=0.012, attack="decoder", protocol_id=ID)
     return write_result(result, folder)
 
 
+def scores_of(names, images, originals, draws):
+    """Scores from the metrics themselves."""
+    per_image, summary = {}, []
+    for name in names:
+        metric = metrics.load(name)()
+        values = per_image[name] = metric(images, originals)
+        mean = estimate_mean(values, draws)
+        summary.append(
+            Score(
+                metric=name,
+                version=metric.version,
+                unit=metric.unit,
+                higher_is_better=metric.more_leakage == "higher",
+                value=mean.value,
+                ci_low=mean.low,
+                ci_high=mean.high,
+                n=mean.n,
+                **spread(values, metric.more_leakage),
+            )
+        )
+    return Scores(summary, per_image)
+
+
 def without_values(fields, missing):
     """The protocol's other metrics, which could not be computed here."""
     found = {}
@@ -143,12 +161,18 @@ def without_values(fields, missing):
             update=dict.fromkeys(("value", "ci_low", "ci_high", "p50", "p95", "worst", "source"))
             | {"n": 0, "reason": "its weights are not here"}
         )
-        names = [f"leakage({name})" if place == "leakage" else name for name in missing]
-        lower = {
-            "higher_is_better": place == "leakage",
-            "unit": "" if place != "leakage" else blank.unit,
-        }
-        found[place] = scores + [blank.model_copy(update={"metric": n} | lower) for n in names]
+        found[place] = list(scores)
+        for name in missing:
+            known = metrics.load(name)
+            own = {
+                "metric": name,
+                "version": known.version,
+                "unit": known.unit,
+                "higher_is_better": known.more_leakage == "higher",
+            }
+            if place == "leakage":
+                own |= {"metric": f"leakage({name})", "unit": blank.unit, "higher_is_better": True}
+            found[place].append(blank.model_copy(update=own))
     return found
 
 

@@ -58,6 +58,9 @@ ALIKE = 0.02
 SECONDS = 150.0
 """That one request may take, also on a busy machine."""
 
+PRELOAD = ("timm", "mibench.checks.attack_host")
+"""What its processes need and would import one by one."""
+
 _DECODER: dict[str, Json] = {"size": "small", "steps": MOST, "batch": 16}
 _WARM: dict[str, Json] = {"steps": MOST, "tuning_images": 2, "decoder": _DECODER}
 _DIFFUSION: dict[str, Json] = {

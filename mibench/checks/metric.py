@@ -22,8 +22,12 @@ from mibench.checks.confine import Limits
 from mibench.checks.defense import located
 from mibench.checks.process import ComponentError, Nursery, Process
 from mibench.data.procedural import SEED_LIMIT, render
+from mibench.errors import InvalidParamsError
+from mibench.files import Json
 from mibench.metrics.fidelity import MeanSquaredError, PeakSignalToNoiseRatio, StructuralSimilarity
 
+PRELOAD = ("torchvision", "mibench.checks.metric_host")
+"""What its process needs and would import itself."""
 COUNT = 72
 """Images; more than a metric takes at once, and no multiple of that."""
 SIDE = 32
@@ -142,6 +146,7 @@ def fresh_images(seed: int, count: int = COUNT, side: int = SIDE) -> Tensor:
 def check_metric(
     nursery: Nursery,
     name: str,
+    params: Mapping[str, Json] | None = None,
     *,
     only: Sequence[str] | None = None,
     limits: Limits | None = None,
@@ -152,6 +157,7 @@ def check_metric(
     Args:
         nursery: starts the process; the metric is never imported here.
         name: registered name, ``package.module:Class`` or ``./file.py:Class``.
+        params: must be empty: a metric has no parameters, or its values would not compare.
         only: names of the checks to run; all of them if None.
         limits: of its process.
         progress: told what is being done.
@@ -160,8 +166,10 @@ def check_metric(
         One finding for each check, in order.
 
     Raises:
-        MibenchError: there is no such metric.
+        MibenchError: there is no such metric, or there are parameters.
     """
+    if params:
+        raise InvalidParamsError(f"a metric has no parameters; leave out {', '.join(params)}")
     where, readable = located(name)
     process = nursery.start("metric", limits, readable)
     chosen = [one for one in battery.checks.values() if only is None or one.name in only]

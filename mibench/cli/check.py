@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import typer
 
+from mibench.cli.options import DataRoot
+
 if TYPE_CHECKING:
     from mibench.checks.base import Finding
     from mibench.checks.process import Nursery
@@ -33,6 +35,7 @@ def check(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A parameter, as in snr_db=6; repeatable."),
     ] = None,
+    data_root: DataRoot = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Try what a component could get wrong or cheat with; takes one to two minutes."""
@@ -41,7 +44,7 @@ def check(
     began = time.monotonic()
     params = _params(assignments or [])
     if Path(target).is_dir() or Path(target).name == "record.json":
-        _report(_of_run(Path(target)), "", time.monotonic() - began, as_json=as_json)
+        _report(_of_run(Path(target), data_root), "", time.monotonic() - began, as_json=as_json)
         return
     from mibench.checks import targets
     from mibench.checks.process import ComponentError, Nursery, isolation
@@ -98,11 +101,13 @@ def _found(nursery: Nursery, place: str, classes: list[str], kind: str | None) -
     return found
 
 
-def _of_run(path: Path) -> list[tuple[str, Finding]]:
-    from mibench.checks.record import check_run  # type: ignore[import-not-found,unused-ignore]
+def _of_run(path: Path, data_root: Path | None) -> list[tuple[str, Finding]]:
+    from mibench.artifacts import ArtifactStore
+    from mibench.checks.record import check_run
 
     folder = path if path.is_dir() else path.parent
-    return [(f"run {folder.name}", finding) for finding in check_run(folder)]
+    cache = ArtifactStore().root
+    return [(f"run {folder.name}", finding) for finding in check_run(folder, data_root, cache)]
 
 
 class _Progress:

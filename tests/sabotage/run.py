@@ -14,8 +14,8 @@ from cases import cases
 from runners import HONEST, RUNNERS
 
 from mibench.checks.base import caught
-from mibench.checks.defense import PRELOAD
 from mibench.checks.process import Nursery
+from mibench.checks.targets import KINDS, preload
 
 
 def main() -> int:
@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("--honest", action="store_true", help="the honest components only")
     asked = parser.parse_args()
     kinds = [asked.kind] if asked.kind else list(RUNNERS)
-    with Nursery(PRELOAD) as nursery:
+    with Nursery(preload(list(KINDS))) as nursery:
         rates = [] if asked.honest else [_sabotaged(nursery, kinds)]
         rates.append(_honest(nursery, kinds))
     for _, words in rates:

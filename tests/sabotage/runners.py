@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from cases import Case
+from runners_of_results import RESULT_HONEST, RESULT_RUNNERS
 
 from mibench.checks.base import Finding
 from mibench.checks.confine import Limits
@@ -29,10 +30,10 @@ def defense(nursery: Nursery, case: Case, only: Sequence[str] | None) -> list[Fi
     return check_defense(nursery, name, settings=[SHORT], only=only, limits=limits)
 
 
-RUNNERS: dict[str, Runner] = {"defenses": defense}
+RUNNERS: dict[str, Runner] = {"defenses": defense, **RESULT_RUNNERS}
 """By the folder of the cases."""
 
 Honest = tuple[tuple[str, ...], Callable[[Nursery, str], list[Finding]]]
 BUILT_IN = tuple(one.name for one in defenses.entries() if one.origin == "mibench")
-HONEST: dict[str, Honest] = {"defenses": (BUILT_IN, check_defense)}
+HONEST: dict[str, Honest] = {"defenses": (BUILT_IN, check_defense), **RESULT_HONEST}
 """What nothing may flag: names, and what checks them in full."""

@@ -6,10 +6,12 @@ second how the folder of an honest run is spoilt. Both are imported.
 
 import importlib.util
 import shutil
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from forged_runs import forge
 from tampering import Tampered, rule
 
@@ -19,6 +21,7 @@ from mibench.checks.data import check_data
 from mibench.checks.metric import check_metric
 from mibench.checks.record import check_run
 from mibench.protocol import DataRule
+from mibench.registry import attacks, metrics
 
 RANKED = "cifar10-lite-v1"
 
@@ -76,3 +79,23 @@ def _of(found, only):
 
 _keepers = []
 RESULT_RUNNERS = {"attacks": attack, "metrics": metric, "data": data, "records": record}
+
+
+def _built_in(registry):
+    return tuple(one.name for one in registry.entries() if one.origin == "mibench")
+
+
+def _untouched(nursery, name):
+    """The same roles without a disguise, or the folder of an honest run."""
+    with tempfile.TemporaryDirectory() as folder:
+        if name == "generated":
+            return check_data(DataRule.model_validate(rule()), None, ArtifactStore(Path(folder)))
+        return check_run(_honest(name), cache=Path(folder))
+
+
+RESULT_HONEST = {
+    "attacks": (_built_in(attacks), check_attack),
+    "metrics": (_built_in(metrics), check_metric),
+    "data": (("generated",), _untouched),
+    "records": ((RANKED, "procedural-smoke-v1"), _untouched),
+}

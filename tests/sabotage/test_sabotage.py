@@ -10,8 +10,8 @@ from cases import cases
 from runners import RUNNERS
 
 from mibench.checks.base import Verdict, caught
-from mibench.checks.defense import PRELOAD
 from mibench.checks.process import Nursery
+from mibench.checks.targets import KINDS, preload
 
 CASES = [case for case in cases() if case.kind in RUNNERS]
 
@@ -19,7 +19,7 @@ CASES = [case for case in cases() if case.kind in RUNNERS]
 @pytest.fixture(scope="module")
 def nursery():
     # All but the vision transformers, which no case needs.
-    with Nursery([name for name in PRELOAD if name != "timm"]) as started:
+    with Nursery([name for name in preload(list(KINDS)) if name != "timm"]) as started:
         yield started
 
 
