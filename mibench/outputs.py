@@ -27,6 +27,8 @@ PERMUTED = "permuted"
 UNDEFENDED = "undefended"
 GUESSES = "guesses"
 PRIOR_SAMPLE = "prior-sample"
+OF_CONTROLS = (PERMUTED, UNDEFENDED, GUESSES, PRIOR_SAMPLE)
+"""Folders of images that a run leaves beside its reconstructions, where it has them."""
 SAME_FOR_ALL = ("mean-image", "typical-image")
 """Guesses that are one image, whatever is attacked; stored once."""
 
@@ -140,8 +142,7 @@ def remove_leftovers(out: Path) -> None:
     Raises:
         StorageError: a leftover cannot be removed.
     """
-    folders = (RECONSTRUCTIONS, PERMUTED, UNDEFENDED, GUESSES, PRIOR_SAMPLE)
-    for folder in (out, *(out / name for name in folders)):
+    for folder in (out, *(out / name for name in (RECONSTRUCTIONS, *OF_CONTROLS))):
         for path in folder.glob(".mibench-*.tmp"):
             try:
                 if time.time() - path.stat().st_mtime > STALE:

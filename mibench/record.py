@@ -20,6 +20,8 @@ CONTROLLED = 4
 """First format in which a finished record without its controls is no record."""
 CONTROLS = ("undefended", "prior_only", "permuted")
 """What stands beside every score of an attack, computed on the same images."""
+PLACES = {"scores": "", **{name: f"{name}_" for name in CONTROLS}}
+"""Fields with one score per metric, and the prefix of their columns in ``per_image.parquet``."""
 
 
 ESSENTIAL = (

@@ -34,12 +34,12 @@ from mibench.outputs import (
 )
 from mibench.protocol import Protocol, load_protocol, released
 from mibench.provenance import PACKAGES, package_version, revision
-from mibench.record import FORMAT, Calibration, Record, Score, SuitePart, read_record
+from mibench.record import FORMAT, PLACES, Calibration, Record, Score, SuitePart, read_record
 from mibench.registry import metrics
 from mibench.reproduce import manifest_of, protocol_of, values_beside
 from mibench.scoring import Scores, leakage_scores, score_sets, summed_up, unavailable
 from mibench.strike import Images, Judged, interval_seed, judged, worst_judged
-from mibench.verdict import PLACES, data_differences
+from mibench.verdict import data_differences
 
 NOT_STORED = (
     "the run was made before the images of its controls were stored, and a score without its "

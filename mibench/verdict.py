@@ -17,15 +17,8 @@ from pydantic import JsonValue
 
 from mibench.files import canonical_json
 from mibench.metrics.intervals import bootstrap_mean
-from mibench.record import Component, Record, Score
+from mibench.record import PLACES, Component, Record, Score
 
-PLACES = {
-    "scores": "",
-    "undefended": "undefended_",
-    "permuted": "permuted_",
-    "prior_only": "prior_only_",
-}
-"""Fields of a record that are judged, and the prefix of their columns in ``per_image.parquet``."""
 TOLERANCE = {"psnr": 1.0, "ssim": 0.03, "lpips": 0.03, "accuracy": 0.03, "balanced accuracy": 0.03}
 """How far the mean of the same images may move when a training is repeated, by metric, in its unit.
 

@@ -20,7 +20,7 @@ from mibench.checks import record_numbers, record_rules
 from mibench.checks.base import Finding, Verdict
 from mibench.checks.record_run import Problem, Run
 from mibench.files import Json
-from mibench.outputs import GRID, MANIFEST, PER_IMAGE, RECONSTRUCTIONS, RECORD
+from mibench.outputs import GRID, MANIFEST, OF_CONTROLS, PER_IMAGE, RECONSTRUCTIONS, RECORD
 from mibench.record import CONTROLLED, FORMAT, Record
 
 LARGEST = 2**28
@@ -183,15 +183,16 @@ def _manifest(folder: Path) -> list[str] | None:
 
 def _files(run: Run) -> Iterator[Problem]:
     named = run.record.files
-    known = {MANIFEST, PER_IMAGE, GRID, RECONSTRUCTIONS}
-    for name in sorted(known - set(named)):
+    needed = {MANIFEST, PER_IMAGE, GRID, RECONSTRUCTIONS}
+    known = {*needed, *OF_CONTROLS}
+    for name in sorted(needed - set(named)):
         yield Problem(f"the record does not give the hash of {name}")
     for name in sorted(set(named) - known):
         yield Problem(f"the record names a file {name!r} that no run writes")
     for name in sorted(known & set(named)):
         try:
-            if name == RECONSTRUCTIONS:
-                data = b"".join(_bytes(path) for path in run.pictures())
+            if name in (RECONSTRUCTIONS, *OF_CONTROLS):
+                data = b"".join(_bytes(path) for path in run.pictures(name))
             else:
                 data = _bytes(run.folder / name)
         except OSError as error:

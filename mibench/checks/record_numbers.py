@@ -14,14 +14,14 @@ from torch import Tensor
 
 from mibench import seeding
 from mibench.checks.base import Verdict
-from mibench.checks.record_run import PLACES, Problem, Run
+from mibench.checks.record_run import Problem, Run
 from mibench.data.roles import open_dataset, private_images
 from mibench.errors import MibenchError, UnavailableError
 from mibench.gallery import FIRST_CHOICE
 from mibench.metrics.base import Metric
 from mibench.metrics.intervals import Estimate, estimate_mean, normalised_leakage
 from mibench.protocol import DataRule, is_folder
-from mibench.record import CONTROLLED, Score
+from mibench.record import CONTROLLED, PLACES, Score
 from mibench.registry import datasets, metrics
 from mibench.scoring import spread
 

@@ -87,6 +87,8 @@ def _departures(run: Run, protocol: Protocol | None) -> Iterator[tuple[str, str]
         if name not in protocol.attacks:
             yield "is none of the protocol's", f"attack {name} is none of the protocol's"
     yield from _by_hand(record.attack, protocol)
+    if record.adversary is not None and record.adversary.coalitions:
+        yield "coalition", "the screening did not choose the coalition alone"
     limit = protocol.max_client_flops
     if limit is not None and record.cost is not None and record.cost.client_flops > limit:
         yield OVER_BUDGET, f"the client needs {record.cost.client_flops} FLOPs of {limit}"
@@ -187,13 +189,14 @@ def adversary(run: Run) -> Iterator[Problem]:
             yield Problem(f"the adversary's {what} is {said!r}, not the protocol's {right!r}")
     servers = len(run.record.cost.values_per_server) if run.record.cost else 0
     together = min(rule.coalition, servers)
-    if len(facts.corrupted) != together:
-        yield Problem(f"the adversary reads {len(facts.corrupted)} servers, not {together}")
-    if facts.screening:
+    for coalition in [facts.corrupted, *facts.coalitions]:
+        if len(coalition) != together:
+            yield Problem(f"the adversary reads {len(coalition)} servers, not {together}")
+    if facts.screening and len(facts.coalitions) != 1:
         worst = min(facts.screening, key=facts.screening.__getitem__)
         if worst != "+".join(map(str, facts.corrupted)):
             yield Problem(f"server {worst} leaks most, and {facts.corrupted} were attacked")
-    elif together < servers:
+    if together < servers and not facts.screening:
         yield Problem(f"{together} of {servers} servers were attacked without a screening")
     granted = rule.knowledge
     names = (
@@ -217,9 +220,9 @@ def calibration(run: Run) -> Iterator[Problem]:
     undefended = next((s.value for s in record.undefended if s.metric == "psnr"), None)
     entries = {entry.attack: entry for entry in record.calibration}
     suite = record.attack.name == SUITE
-    wanted = (
-        [part.attack for part in record.suite if part.scores] if suite else [record.attack.name]
-    )
+    # Every coalition meets the same undefended split.
+    parts = [part.attack.partition("@")[0] for part in record.suite if part.scores]
+    wanted = list(dict.fromkeys(parts)) if suite else [record.attack.name]
     for name in wanted:
         if undefended is None:
             break

@@ -13,15 +13,7 @@ from torch import Tensor
 
 from mibench.checks.base import Verdict
 from mibench.outputs import RECONSTRUCTIONS
-from mibench.record import Record, Score
-
-PLACES = {
-    "scores": "",
-    "undefended": "undefended_",
-    "permuted": "permuted_",
-    "prior_only": "prior_only_",
-}
-"""Fields of a record with one score per metric, and the prefix of their columns."""
+from mibench.record import PLACES, Record, Score
 
 
 @dataclass(frozen=True)
@@ -57,9 +49,9 @@ class Run:
         value = self.record.protocol.values.get(name)
         return value if isinstance(value, Mapping) else {}
 
-    def pictures(self) -> list[Path]:
-        """The files of the reconstructions, in order."""
-        return sorted((self.folder / RECONSTRUCTIONS).glob("*.png"))
+    def pictures(self, kind: str = RECONSTRUCTIONS) -> list[Path]:
+        """The files of the reconstructions or of a control, in order."""
+        return sorted((self.folder / kind).glob("*.png"))
 
     def column(self, name: str) -> list[object] | None:
         """A column of the table as a list; None where there is none."""
