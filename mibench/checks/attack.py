@@ -21,7 +21,7 @@ from mibench.checks.base import Finding, Verdict
 from mibench.checks.battery import Battery, Outcome, failed, passed, skipped, warned
 from mibench.checks.confine import Limits
 from mibench.checks.defense import located
-from mibench.checks.process import LIMIT_CHECKS, TRIED, ComponentError, Nursery, Process
+from mibench.checks.process import LIMIT_CHECKS, ComponentError, Nursery, Process, kept_within
 from mibench.data.procedural import CLASS_NAMES, INDEX_LIMIT, SEED_LIMIT, render
 from mibench.data.sets import ImageSet
 from mibench.defenses.base import Defense
@@ -335,12 +335,7 @@ def check_attack(
         for run in trial.runs:
             found += run.process.findings
             run.process.close()
-    done = {one.check for one in found}
-    for limit in LIMIT_CHECKS:
-        if limit not in done and (only is None or limit in only):
-            words = "it kept within its limits"
-            found.append(Finding(limit, Verdict.PASSED, TRIED[limit], words))
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys([*found, *kept_within(found, only)]))
 
 
 def _gap(images: Tensor, others: Tensor) -> float:

@@ -12,7 +12,7 @@ from mibench.checks.defense_behaviour import behaviour
 from mibench.checks.defense_gradients import gradients
 from mibench.checks.defense_learning import learning
 from mibench.checks.defense_wiring import wiring
-from mibench.checks.process import LIMIT_CHECKS, TRIED, ComponentError, Nursery
+from mibench.checks.process import LIMIT_CHECKS, ComponentError, Nursery, kept_within
 from mibench.checks.trial import SETTINGS, Setting, Trial
 from mibench.files import Json
 from mibench.registry import defenses
@@ -70,12 +70,7 @@ def check_defense(
         if any(one.check.startswith("limit-") for _, one in found):
             break
     kept = _runs_somewhere(worst(found), found)
-    done = {one.check for one in kept}
-    for check in LIMIT_CHECKS:
-        if check not in done and (only is None or check in only):
-            words = "it kept within its limits"
-            kept.append(Finding(check, Verdict.PASSED, TRIED[check], words))
-    return kept
+    return [*kept, *kept_within(kept, only)]
 
 
 def _tried(

@@ -20,7 +20,7 @@ from mibench.checks.base import Finding, Verdict
 from mibench.checks.battery import Battery, Outcome, failed, passed, skipped
 from mibench.checks.confine import Limits
 from mibench.checks.defense import located
-from mibench.checks.process import ComponentError, Nursery, Process
+from mibench.checks.process import ComponentError, Nursery, Process, kept_within
 from mibench.data.procedural import SEED_LIMIT, render
 from mibench.errors import InvalidParamsError
 from mibench.files import Json
@@ -189,7 +189,7 @@ def check_metric(
     finally:
         found += process.findings
         process.close()
-    return found
+    return [*found, *kept_within(found, only)]
 
 
 def gathered(look: Callable[[Bench], Iterator[str | Outcome]]) -> Callable[[Bench], Outcome]:

@@ -89,6 +89,21 @@ def failure(check: str, found: str) -> Finding:
     return Finding(check, Verdict.FAILED, TRIED[check], found, ADVICE[check])
 
 
+def kept_within(found: Sequence[Finding], only: Sequence[str] | None) -> list[Finding]:
+    """Returns a finding for each limit that was not broken.
+
+    Args:
+        found: what the checks have told.
+        only: names of the checks that were asked for; all of them if None.
+    """
+    broken = {one.check for one in found}
+    return [
+        Finding(limit, Verdict.PASSED, TRIED[limit], "it kept within its limits")
+        for limit in LIMIT_CHECKS
+        if limit not in broken and (only is None or limit in only)
+    ]
+
+
 class Nursery:
     """One process that has imported PyTorch and forks the processes of components.
 

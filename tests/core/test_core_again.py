@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from small_protocol import small_protocol
 
 from mibench import verdict as verdicts
 from mibench.artifacts import ArtifactStore
@@ -23,8 +24,6 @@ from mibench.evaluate import evaluate
 from mibench.job import SUITE, Job
 from mibench.metrics.fidelity import PeakSignalToNoiseRatio
 from mibench.outputs import write_result
-from mibench.params import build
-from mibench.protocol import Protocol
 from mibench.record import CONTROLS, read_record
 from mibench.reproduce import job_of, reproduce
 from mibench.rescore import rescore
@@ -40,22 +39,7 @@ class Mine(Undefended):
 
 def protocol(**changes):
     values = {
-        "id": "again-v1",
-        "track": "test",
-        "title": "run again",
-        "data": {
-            "dataset": "procedural",
-            "image_size": 32,
-            "train": {"split": "stream", "start": 0, "count": 32},
-            "auxiliary": {"split": "stream", "start": 1000, "count": 64},
-            "validation": {"split": "stream", "start": 2000, "count": 16},
-            "private": {"split": "stream", "start": 3000, "count": 20},
-            "attacked": 12,
-        },
-        "backbone": {
-            "name": "small-resnet", "params": {"stem": 8, "width": 8}, "split_point": "stem"
-        },
-        "recipe": {"steps": 4, "batch": 16, "precision": "fp32", "crop": 0},
+        "private": 20,
         "attacks": {
             "linear": {}, "decoder": {"steps": 20, "batch": 16, "lr": 5e-3},
             "diffusion": {
@@ -64,11 +48,9 @@ def protocol(**changes):
                 "prior": {"steps": 4, "batch": 8, "channels": [16, 16, 16]},
             },
         },
-        "metrics": {"mse": 1, "psnr": 1, "ssim": 1},
         "references": {"linear": 2.0},
-        "batch": 8,
     }  # fmt: skip
-    return build(Protocol, values | changes, "again")
+    return small_protocol("again-v1", **values | changes)
 
 
 @pytest.fixture(scope="module")

@@ -4,44 +4,28 @@ import itertools
 
 import pytest
 import torch
+from small_protocol import small_protocol
 
 from mibench.artifacts import ArtifactStore
 from mibench.errors import InvalidParamsError
 from mibench.evaluate import evaluate
 from mibench.job import EVERY_COALITION, SUITE, Job
 from mibench.outputs import write_result
-from mibench.params import build
-from mibench.protocol import Protocol
 from mibench.record import read_record
 
 PAIRS = [[0, 1], [0, 2], [1, 2]]
 
 
 def protocol():
-    values = {
-        "id": "coalitions-v1",
-        "track": "test",
-        "title": "two of three servers",
-        "data": {
-            "dataset": "procedural",
-            "image_size": 32,
-            "train": {"split": "stream", "start": 0, "count": 32},
-            "auxiliary": {"split": "stream", "start": 1000, "count": 64},
-            "validation": {"split": "stream", "start": 2000, "count": 16},
-            "private": {"split": "stream", "start": 3000, "count": 12},
-            "attacked": 12,
-        },
-        "backbone": {
+    return small_protocol(
+        "coalitions-v1",
+        backbone={
             "name": "small-resnet", "params": {"stem": 12, "width": 8}, "split_point": "stem"
         },
-        "recipe": {"steps": 4, "batch": 16, "precision": "fp32", "crop": 0},
-        "adversary": {"coalition": 2},
-        "attacks": {"linear": {}, "decoder": {"steps": 20, "batch": 16, "lr": 5e-3}},
-        "metrics": {"mse": 1, "psnr": 1, "ssim": 1},
-        "batch": 8,
-        "references": {"linear": 1.0},
-    }  # fmt: skip
-    return build(Protocol, values, "coalitions")
+        adversary={"coalition": 2},
+        attacks={"linear": {}, "decoder": {"steps": 20, "batch": 16, "lr": 5e-3}},
+        references={"linear": 1.0},
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

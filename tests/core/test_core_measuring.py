@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from small_protocol import small_protocol
 
 from mibench.artifacts import ArtifactStore
 from mibench.data.roles import load_roles
@@ -11,36 +12,14 @@ from mibench.evaluate import evaluate
 from mibench.information.base import Amounts
 from mibench.job import Job
 from mibench.measuring import tell
-from mibench.params import build
-from mibench.protocol import Protocol, load_protocol, released
+from mibench.protocol import load_protocol, released
 from mibench.registry import measures
 
 
 def protocol(**changes):
-    values = {
-        "id": "measured-v1",
-        "track": "test",
-        "title": "as small as it gets",
-        "data": {
-            "dataset": "procedural",
-            "image_size": 32,
-            "train": {"split": "stream", "start": 0, "count": 32},
-            "auxiliary": {"split": "stream", "start": 1000, "count": 64},
-            "validation": {"split": "stream", "start": 2000, "count": 16},
-            "private": {"split": "stream", "start": 3000, "count": 12},
-            "attacked": 12,
-        },
-        "backbone": {
-            "name": "small-resnet",
-            "params": {"stem": 8, "width": 8},
-            "split_point": "stem",
-        },
-        "recipe": {"steps": 4, "batch": 16, "precision": "fp32", "crop": 0},
-        "attacks": {"gradient": {"steps": 4, "tuning_images": 2, "restarts": 1, "weights": [0.1]}},
-        "metrics": {"mse": 1},
-        "batch": 8,
-    }
-    return build(Protocol, values | changes, "measured")
+    gradient = {"steps": 4, "tuning_images": 2, "restarts": 1, "weights": [0.1]}
+    fixed = {"attacks": {"gradient": gradient}, "metrics": {"mse": 1}}
+    return small_protocol("measured-v1", **fixed | changes)
 
 
 @pytest.fixture(scope="module")

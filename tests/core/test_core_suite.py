@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from small_protocol import small_protocol
 
 from mibench import strike
 from mibench.artifacts import ArtifactStore
@@ -12,8 +13,6 @@ from mibench.evaluate import evaluate
 from mibench.exhibit import Exhibit
 from mibench.job import SUITE, Job
 from mibench.outputs import write_result
-from mibench.params import build
-from mibench.protocol import Protocol
 from mibench.record import read_record
 from mibench.scoring import Scores, gained, score, worst_of
 
@@ -22,28 +21,8 @@ GRADIENT = {"steps": 20, "tuning_images": 2, "restarts": 1, "weights": [0.1]}
 
 
 def protocol(**changes):
-    values = {
-        "id": "suite-v1",
-        "track": "test",
-        "title": "two attacks",
-        "data": {
-            "dataset": "procedural",
-            "image_size": 32,
-            "train": {"split": "stream", "start": 0, "count": 32},
-            "auxiliary": {"split": "stream", "start": 1000, "count": 64},
-            "validation": {"split": "stream", "start": 2000, "count": 16},
-            "private": {"split": "stream", "start": 3000, "count": 12},
-            "attacked": 12,
-        },
-        "backbone": {
-            "name": "small-resnet", "params": {"stem": 8, "width": 8}, "split_point": "stem"
-        },
-        "recipe": {"steps": 4, "batch": 16, "precision": "fp32", "crop": 0},
-        "attacks": {"decoder": DECODER, "gradient": GRADIENT},
-        "metrics": {"mse": 1, "psnr": 1, "ssim": 1},
-        "batch": 8,
-    }  # fmt: skip
-    return build(Protocol, values | changes, "suite")
+    attacks = {"decoder": DECODER, "gradient": GRADIENT}
+    return small_protocol("suite-v1", **{"attacks": attacks} | changes)
 
 
 @pytest.fixture(scope="module")
