@@ -5,7 +5,7 @@ from mibench.protocol import Protocol
 
 
 def small_protocol(name, **changes):
-    """A protocol of this id; ``private`` is the number of private images, other words are fields."""
+    """A protocol of this id; ``private`` counts the private images, other words are fields."""
     private = changes.pop("private", 12)
     values = {
         "id": name,
