@@ -48,7 +48,8 @@ def check_run(
         cache: where decoded images are kept; needed with ``data_root``.
 
     Returns:
-        One finding for each problem, and one for each check that found none.
+        One finding for each problem, and one for each check that found none; of the parts of a
+        suite, what is wrong with them.
     """
     found, record = _read(folder)
     if record is None:
@@ -65,14 +66,18 @@ def check_run(
             worst = max((p.verdict for p in problems[MOST_LINES:]), key=list(Verdict).index)
             more = f"and {len(problems) - MOST_LINES} more of this kind"
             found.append(Finding(check.name, worst, check.tried, more, check.advice))
-    for part in record.suite:
-        if part.scores:
-            found += _of_part(run, part.attack)
+    parts = [part.attack for part in record.suite if part.scores]
+    inside = [one for name in parts for one in _of_part(run, name)]
+    found += [one for one in inside if one.verdict is not Verdict.PASSED]
+    if parts and not any(one.verdict is Verdict.FAILED for one in inside):
+        words = f"{len(parts)} folders hold: {', '.join(parts)}"
+        found.append(Finding("record-parts", Verdict.PASSED, _PARTS_TRIED, words))
     return found
 
 
 # --- reading -------------------------------------------------------------------------------------
 
+_PARTS_TRIED = "makes the same checks in the folder of each attack"
 _SCHEMA = "record-schema"
 _SCHEMA_TRIED = "reads record.json by the format that it names"
 _SCHEMA_ADVICE = "leave the file as `mibench run` has written it, or run again"

@@ -36,6 +36,8 @@ def print_record(console: Console, record: Record) -> None:
         console.print(f"This run failed: {record.error}", soft_wrap=True)
         return
     console.print(_scores(record))
+    if record.suite:
+        console.print(_suite(record))
     if record.information:
         console.print(_information(record))
     for line in _below(record):
@@ -84,7 +86,7 @@ def _information(record: Record) -> Table:
         title=f"What the shares tell, whatever the attack, of {images} of the attacker's images",
         title_justify="left",
     )
-    table.add_column("measure")
+    table.add_column("measure", no_wrap=True)
     table.add_column("value", justify="right")
     table.add_column("95 % interval")
     table.add_column("undefended", justify="right")
@@ -125,6 +127,9 @@ def _cells(score: Score, digits: int) -> tuple[str, str]:
 
 
 def _below(record: Record) -> Iterable[str]:
+    for part in record.suite:
+        if part.reason is not None:
+            yield f"Left out: {part.attack}, {part.reason}"
     yield from _reasons(record)
     yield from _judge(record)
     yield from _distribution(record)
@@ -137,7 +142,6 @@ def _below(record: Record) -> Iterable[str]:
             f"  over {len(record.attributes)} attributes; each one's accuracy is in the record, "
             "under attributes"
         )
-    yield from _suite(record)
     yield from _strength(record)
     if record.cost is not None:
         yield from _cost(record.cost)
@@ -215,24 +219,28 @@ def _accuracy(name: str, defended: Score, undefended: Score) -> str:
     )
 
 
-def _suite(record: Record) -> Iterable[str]:
+def _suite(record: Record) -> Table:
     """What each attack of a suite did alone."""
-    if record.suite:
-        yield (
-            "For each image and metric, the worst of these attacks (in brackets: for what share of "
-            "the images it was the worst):"
-        )
+    table = Table(
+        title="For each image and metric, the worst of these attacks;\nbehind each mean, for what "
+        "share of the images it was the worst",
+        title_justify="left",
+        pad_edge=False,
+    )
+    names = [score.metric for score in record.scores if score.value is not None]
+    table.add_column("attack", overflow="fold")
+    for name in names:
+        table.add_column(name.upper(), justify="right")
     for part in record.suite:
-        if part.reason is not None:
-            yield f"  {part.attack}: left out, {part.reason}"
-            continue
-        told = [
-            f"{one.metric.upper()} {one.value:.{DIGITS.get(one.metric, 3)}f} "
-            f"({100 * part.share_of_worst[one.metric]:.0f} %)"
-            for one in part.scores
-            if one.value is not None
+        values = {one.metric: one.value for one in part.scores}
+        cells = [
+            "-"
+            if (value := values.get(name)) is None
+            else f"{value:.{DIGITS.get(name, 3)}f} {100 * part.share_of_worst[name]:.0f}%"
+            for name in names
         ]
-        yield f"  {part.attack}: {', '.join(told)}"
+        table.add_row(part.attack, *cells)
+    return table
 
 
 def _strength(record: Record) -> Iterable[str]:

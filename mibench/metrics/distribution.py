@@ -210,7 +210,7 @@ def _network() -> nn.Module:
         raise UnavailableError(
             "fid and kid need the package pytorch-fid; install it with `pip install pytorch-fid`"
         ) from error
-    obtain("fid and kid", "Inception", _URL, _SHA256)
+    obtain("fid or kid", "Inception", _URL, _SHA256)
     # Building the layers draws random weights before the real ones replace them.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
