@@ -89,18 +89,43 @@ def score_sets(
     return found
 
 
-def worst_of(parts: Mapping[str, Scores], seed: int) -> tuple[Scores, dict[str, list[str]]]:
+@dataclass(frozen=True)
+class WorstScores:
     """The most harmful of several reconstructions, for each image and each metric on its own.
+
+    Attributes:
+        scores: of those reconstructions.
+        chosen: by metric, the attack that each image's value comes from: of equals, the first.
+        shares: by metric, the share of the images for which each attack was the worst; see `credit`.
+    """
+
+    scores: Scores
+    chosen: dict[str, list[str]]
+    shares: dict[str, dict[str, float]]
+
+
+def credit(harm: Tensor) -> Tensor:
+    """The share of the images for which each of several attacks was the worst, (attacks,).
+
+    Attacks that do the same harm to an image share it equally, so that all shares add up to 1.
+
+    Args:
+        harm: what each attack does to each image, (attacks, images); higher is worse.
+    """
+    worst = (harm == harm.max(0).values).double()
+    return (worst / worst.sum(0)).mean(1)
+
+
+def worst_of(parts: Mapping[str, Scores], seed: int) -> WorstScores:
+    """Takes the most harmful of several reconstructions, for each image and metric on its own.
 
     Args:
         parts: scores of the same images, by attack.
         seed: of the intervals.
 
-    Returns:
-        The scores, and by metric the attack that each image's value comes from.
     """
     attackers, first = list(parts), next(iter(parts.values()))
-    summary, per_image, chosen = [], {}, {}
+    summary, per_image, chosen, shares = [], {}, {}, {}
     for given in first.summary:
         name, metric = given.metric, _metric(given.metric)
         if name not in first.per_image:
@@ -111,8 +136,9 @@ def worst_of(parts: Mapping[str, Scores], seed: int) -> tuple[Scores, dict[str, 
         best = harm.argmax(0)
         per_image[name] = values.gather(0, best[None])[0]
         chosen[name] = [attackers[at] for at in best.tolist()]
+        shares[name] = dict(zip(attackers, credit(harm).tolist(), strict=True))
         summary.append(_summed_up(metric, per_image[name], seed))
-    return Scores(summary, per_image), chosen
+    return WorstScores(Scores(summary, per_image), chosen, shares)
 
 
 def gained(before: Scores, after: Scores) -> dict[str, float]:

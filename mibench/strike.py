@@ -76,15 +76,17 @@ class Worst:
         judged: the scores.
         chosen: by metric, the attack that each image's value comes from.
         permuted: the same for the control of permuted shares.
+        credited: by metric, the share of the images for which each attack was the worst.
     """
 
     judged: Judged
     chosen: Mapping[str, list[str]]
     permuted: Mapping[str, list[str]]
+    credited: Mapping[str, Mapping[str, float]]
 
     def shares(self, name: str) -> dict[str, float]:
         """By metric, the share of the images for which this attack was the worst."""
-        return {metric: names.count(name) / len(names) for metric, names in self.chosen.items()}
+        return {metric: shares[name] for metric, shares in self.credited.items()}
 
     def shown(self, images: Mapping[str, Tensor]) -> Tensor:
         """Of each image the worst reconstruction (N, 3, H, W), by the metric to look at."""
@@ -246,11 +248,12 @@ def worst_judged(
         case: what the reconstructions are held against.
         seed: of the intervals.
     """
-    scores, chosen = worst_of({name: one.scores for name, one in parts.items()}, seed)
-    undefended, _ = worst_of({name: one.undefended for name, one in parts.items()}, seed)
-    permuted, other = worst_of({name: one.permuted for name, one in parts.items()}, seed)
+    worst = worst_of({name: one.scores for name, one in parts.items()}, seed)
+    undefended = worst_of({name: one.undefended for name, one in parts.items()}, seed)
+    permuted = worst_of({name: one.permuted for name, one in parts.items()}, seed)
     floor = best_guess(names, guesses, case, seed)
-    return Worst(Judged(scores, undefended, permuted, floor), chosen, other)
+    together = Judged(worst.scores, undefended.scores, permuted.scores, floor)
+    return Worst(together, worst.chosen, permuted.chosen, worst.shares)
 
 
 def worst_case(

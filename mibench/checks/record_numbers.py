@@ -23,7 +23,7 @@ from mibench.metrics.intervals import Estimate, estimate_mean, normalised_leakag
 from mibench.protocol import DataRule, is_folder
 from mibench.record import CONTROLLED, PLACES, Score
 from mibench.registry import datasets, metrics
-from mibench.scoring import spread
+from mibench.scoring import credit, spread
 
 SAME = 1e-6
 """Relative difference that other machines may make in a mean."""
@@ -221,14 +221,13 @@ def suite(run: Run) -> Iterator[Problem]:
             continue  # told by record-means
         table = torch.stack([one for one in own.values() if one is not None])
         harm = table if score.higher_is_better else -table
-        worst, chosen = harm.max(0)[0], harm.argmax(0)
+        worst, shares = harm.max(0).values, credit(harm).tolist()
         wrong = (values - (worst if score.higher_is_better else -worst)).abs() > 1e-9
         if bool(wrong.any()):
             yield Problem(
                 f"{score.metric} of {int(wrong.sum())} images is not the worst of the attacks' own"
             )
-        for at, part in enumerate(parts):
-            share = float((chosen == at).double().mean())
+        for part, share in zip(parts, shares, strict=True):
             if _differ(part.share_of_worst.get(score.metric), share):
                 yield Problem(
                     f"{part.attack} is the worst in {score.metric} for a share of {share:.4g}, not "

@@ -227,10 +227,11 @@ def _suite(record: Record) -> Table:
         title_justify="left",
         pad_edge=False,
     )
-    names = [score.metric for score in record.scores if score.value is not None]
-    table.add_column("attack", overflow="fold")
+    # PSNR says what MSE says.
+    names = [one.metric for one in record.scores if one.value is not None and one.metric != "mse"]
+    table.add_column("attack", no_wrap=True)
     for name in names:
-        table.add_column(name.upper(), justify="right")
+        table.add_column(name.upper(), justify="right", overflow="fold")
     for part in record.suite:
         values = {one.metric: one.value for one in part.scores}
         cells = [

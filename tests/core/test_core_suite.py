@@ -14,7 +14,7 @@ from mibench.exhibit import Exhibit
 from mibench.job import SUITE, Job
 from mibench.outputs import write_result
 from mibench.record import read_record
-from mibench.scoring import Scores, gained, score, worst_of
+from mibench.scoring import Scores, credit, gained, score, worst_of
 
 DECODER = {"steps": 60, "batch": 16, "lr": 5e-3}
 GRADIENT = {"steps": 20, "tuning_images": 2, "restarts": 1, "weights": [0.1]}
@@ -168,14 +168,23 @@ def test_worst_and_gained_follow_the_direction_of_each_metric():
     names = ("mse", "psnr", "ssim")
     exhibit = Exhibit(originals)
     parts = {"a": score(names, mixed, exhibit, 0), "b": score(names, other, exhibit, 0)}
-    worst, chosen = worst_of(parts, 0)
+    found = worst_of(parts, 0)
+    worst = found.scores
     best = score(names, near, exhibit, 0)
     for name in names:
-        assert chosen[name] == ["a", "b", "a"]
+        assert found.chosen[name] == ["a", "b", "a"]
+        assert found.shares[name] == pytest.approx({"a": 2 / 3, "b": 1 / 3})
         assert torch.equal(worst.per_image[name], best.per_image[name])
     assert worst.summary == best.summary
     assert all(value > 0 for value in gained(score(names, far, exhibit, 0), best).values())
     assert isinstance(worst, Scores)
+
+
+def test_attacks_that_are_equally_bad_share_the_credit():
+    harm = torch.tensor([[1.0, 0.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
+    # All three for the first image and the last, one alone for each of the others.
+    assert credit(harm).tolist() == pytest.approx([5 / 12, 5 / 12, 2 / 12])
+    assert credit(harm.flip(0)).tolist() == pytest.approx([2 / 12, 5 / 12, 5 / 12])
 
 
 def test_a_record_of_an_older_format_is_still_read(suite, tmp_path):
