@@ -56,12 +56,10 @@ class Variant:
 
 def variants() -> Iterator[Variant]:
     """All runs, the base (seed 0) first."""
-    for seed in SEEDS:
-        yield Variant(f"seed-{seed}", seed, {})
-        if seed == 0:
-            yield from (Variant(f"batch-{size}", 0, {"batch": size}) for size in BATCHES)
-            yield Variant("again", 0, {}, "again")
-            yield Variant("threads-2", 0, {"threads": 2})
+    yield from (Variant(f"seed-{seed}", seed, {}) for seed in SEEDS)
+    yield from (Variant(f"batch-{size}", 0, {"batch": size}) for size in BATCHES)
+    yield Variant("again", 0, {}, "again")
+    yield Variant("threads-2", 0, {"threads": 2})
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -248,7 +248,7 @@ class SuitePart(_Part):
         corrupted: the servers that it read; empty before there were several coalitions.
         scores: of its reconstructions; empty where it does not apply to the defense.
         reason: why it does not apply.
-        share_of_worst: by metric, the share of the images for which it was the worst attack; attacks
+        share_of_worst: by metric, the share of the images for which it was the worst; attacks
             that are equally bad for an image share it.
         seconds_per_image: see `Record`.
         facts: what its preparation reached.

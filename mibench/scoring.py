@@ -96,7 +96,7 @@ class WorstScores:
     Attributes:
         scores: of those reconstructions.
         chosen: by metric, the attack that each image's value comes from: of equals, the first.
-        shares: by metric, the share of the images for which each attack was the worst; see `credit`.
+        shares: by metric, the share of the images for which each was the worst; see `credit`.
     """
 
     scores: Scores
