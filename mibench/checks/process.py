@@ -273,6 +273,9 @@ class Process:
         """
         if self._broken is not None:
             raise ComponentError(self._broken)
+        if self._unasked():
+            # Or it would be taken for the answer to what is asked now.
+            self._break("limit-reply", f"the {self.role} sent something that nobody asked for")
         deadline = time.monotonic() + (seconds or self.limits.seconds)
         try:
             self._connection.settimeout(max(deadline - time.monotonic(), 0.1))
@@ -302,6 +305,15 @@ class Process:
     def alive(self) -> bool:
         """Whether it still answers."""
         return self._open
+
+    def _unasked(self) -> bool:
+        """Whether something lies on the connection while no request is open."""
+        ready, _, _ = select.select([self._connection], [], [], 0)
+        try:
+            # Nothing at all means that the process has ended, which is told when it is asked.
+            return bool(ready) and bool(self._connection.recv(1, socket.MSG_PEEK))
+        except OSError:
+            return False
 
     # --- reading ---------------------------------------------------------------------------------
 
