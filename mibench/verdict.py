@@ -133,7 +133,9 @@ def compare(
     whole = alike and not values and not reseeded
     # Where no score of the attack was compared, nothing is known to be the same.
     blank = not any(row.place == "scores" for row in rows)
-    broken = edited or stuck or blank or (whole and means) or any(one.place == "data" for one in way)
+    broken = (
+        edited or stuck or blank or (whole and means) or any(one.place == "data" for one in way)
+    )
     if broken or not all(row.agrees for row in rows):
         return Verdict("different", way, rows)
     return Verdict("identical" if whole else "same", way, rows)
@@ -217,7 +219,9 @@ def _paired(place: str, score: Score, after: float, old: pd.Series, new: object)
     assert isinstance(new, pd.Series), "a score with a value has a column"
     change = torch.tensor(new.to_numpy(np.float64) - old.to_numpy(np.float64))
     # One image has no scatter to allow for.
-    low, high = bootstrap_mean(change, seed=0) if len(change) > 1 else (float(change), float(change))
+    low, high = (
+        bootstrap_mean(change, seed=0) if len(change) > 1 else (float(change), float(change))
+    )
     allowed = tolerance(score.metric, score.value)
     agrees = low <= allowed and high >= -allowed
     return Row(place, score.metric, score.value, after, low, high, True, allowed, agrees)

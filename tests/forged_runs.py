@@ -147,9 +147,7 @@ def forge(folder, *, seed=0, undefended=0.012, attack="decoder", protocol_id=ID)
         "correct": right[: data.attacked].float(),
     }
     controls = {"permuted": permuted, "mean-image": mean, "typical-image": rebuilt[:1]}
-    result = Result(
-        record, hashes, CLASSES, private, rebuilt, controls, columns, undefended=bare
-    )
+    result = Result(record, hashes, CLASSES, private, rebuilt, controls, columns, undefended=bare)
     return write_result(result, folder)
 
 
@@ -162,9 +160,16 @@ def unmeasured(names):
         unit = measures.load(name).unit if known is None else known.unit
         found.append(
             Score(
-                metric=name, version=1, unit=unit, higher_is_better=higher, value=None,
-                ci_low=None, ci_high=None, n=0, reason="it was not measured",
-            )  # fmt: skip
+                metric=name,
+                version=1,
+                unit=unit,
+                higher_is_better=higher,
+                value=None,
+                ci_low=None,
+                ci_high=None,
+                n=0,
+                reason="it was not measured",
+            )
         )
     return found
 

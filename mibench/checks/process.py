@@ -396,7 +396,9 @@ class Process:
             return ComponentError(refused[0])
         if kind == "mibench" and do.endswith((".load", ".build", ".find")):
             return MibenchError(message)
-        said = f"{one_line(str(told.get('type', '')))}: {message} ({one_line(str(told.get('where')))})"
+        said = (
+            f"{one_line(str(told.get('type', '')))}: {message} ({one_line(str(told.get('where')))})"
+        )
         what = f"in {do}, the {self.role} "
         if kind == "exit":
             found = failure("limit-exit", f"{what}tried to end the interpreter ({said})")

@@ -338,9 +338,7 @@ def _of_part(run: Run, name: str, parts: dict[str, Run]) -> list[Finding]:
 
 
 _EDITED = "numbers were changed after the run; run again and leave the files as they are"
-_SUITE = _Check(
-    "record-suite", "holds a suite against its attacks", _EDITED, record_numbers.suite
-)
+_SUITE = _Check("record-suite", "holds a suite against its attacks", _EDITED, record_numbers.suite)
 _CHECKS = (
     _Check("record-files", "compares every file with the hash in the record",
            "keep the folder together as `mibench run` has written it", _files),

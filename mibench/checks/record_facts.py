@@ -169,6 +169,7 @@ def _utility(run: Run) -> Iterator[Problem]:
     share, chance = sum(map(bool, right)) / len(right), score.value * (1 - score.value)
     if abs(share - score.value) > FAR * max(chance, 1 / len(right)) ** 0.5 / len(right) ** 0.5:
         yield Problem(
-            f"an accuracy of {score.value:.4g} is far from that on the attacked images, {share:.4g}",
+            f"an accuracy of {score.value:.4g} is far from that on the attacked images, "
+            f"{share:.4g}",
             Verdict.WARNED,
         )

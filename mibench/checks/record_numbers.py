@@ -263,9 +263,11 @@ def of_parts(whole: Run, parts: Mapping[str, Run]) -> Iterator[Problem]:
             name = PLACES[place] + score.metric
             values, own = whole.values(name), [part.values(name) for part in parts.values()]
             known = [one for one in own if one is not None]
-            if values is None or len(known) != len(own) or {len(one) for one in known} != {
-                len(values)
-            }:
+            if (
+                values is None
+                or len(known) != len(own)
+                or {len(one) for one in known} != {len(values)}
+            ):
                 continue  # told by record-means or record-counts
             table = torch.stack(known)
             worst = table.max(0)[0] if score.higher_is_better else table.min(0)[0]
@@ -427,7 +429,7 @@ def _stored(run: Run, folder: str, count: int) -> Tensor | None:
 
 
 def _read(run: Run, paths: Sequence[Path], count: int) -> Tensor | None:
-    """Pictures as (count, 3, H, W) in [0, 1]; None where they are not those that there should be."""
+    """Pictures as (count, 3, H, W) in [0, 1]; None where they are of another number or size."""
     side = run.record.data.image_size if run.record.data else 0
     if len(paths) != count:
         return None

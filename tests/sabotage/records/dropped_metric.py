@@ -1,4 +1,4 @@
-"""An awkward metric is taken out of the protocol and of the scores; the content id cannot see it."""
+"""An awkward metric is taken out of protocol and scores; the content id cannot see it."""
 
 from forged_runs import read, write
 
