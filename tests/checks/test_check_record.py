@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -11,8 +12,10 @@ from hypothesis import strategies as st
 
 from mibench.checks.base import Verdict, caught
 from mibench.checks.record import check_run
+from mibench.checks.record_numbers import of_parts
+from mibench.checks.record_run import Run
 from mibench.errors import RecordError
-from mibench.record import read_record
+from mibench.record import SuitePart, read_record
 
 RANKED = "cifar10-lite-v1"
 OPEN = "procedural-smoke-v1"
@@ -313,3 +316,22 @@ def test_values_that_nobody_measures_are_a_warning(run):
     lines = [one.found for one in check_run(folder) if one.check == "record-plausible"]
     assert any("scores: ssim is 0.25 for every image" in line for line in lines)
     assert any("permuted: psnr are rounded" in line for line in lines)
+
+
+def test_the_controls_of_a_suite_are_the_worst_of_its_attacks_own(honest):
+    folder = honest(RANKED)
+    table, record = pd.read_parquet(folder / "per_image.parquet"), read_record(folder)
+    listed = [SuitePart(attack="decoder", scores=record.scores)]
+    part = Run(folder, record, table, None, None, None)
+    whole = replace(part, record=record.model_copy(update={"suite": listed}))
+    assert list(of_parts(whole, {"decoder": part})) == []
+    inflated = replace(whole, table=table.assign(undefended_psnr=table["undefended_psnr"] + 1))
+    (problem,) = of_parts(inflated, {"decoder": part})
+    assert problem.text.startswith("undefended: psnr of 128 images is not the worst")
+    suite = record.attack.model_copy(update={"name": "suite"})
+    left_out = [*listed, SuitePart(attack="linear", reason="too strong")]
+    fewer = record.model_copy(update={"suite": left_out, "attack": suite})
+    told = list(of_parts(replace(part, record=fewer), {"decoder": part}))
+    assert "gradient-warm" in told[0].text
+    assert told[0].verdict is Verdict.FAILED
+    assert told[1].text == "linear is said not to apply: too strong"
