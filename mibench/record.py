@@ -398,6 +398,8 @@ def read_record(path: Path) -> Record:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RecordError(f"no record at {path}; give the folder that a run has written") from error
+    except RecursionError as error:
+        raise RecordError(f"{path} is not a readable record (nested too deeply)") from error
     except (OSError, ValueError) as error:
         raise RecordError(f"{path} is not a readable record ({error})") from error
     version = values.get("format_version") if isinstance(values, dict) else None

@@ -20,8 +20,8 @@ from mibench.job import EVERY_COALITION, SUITE, WEIGHTS_BY_HAND, Job
 from mibench.outputs import MANIFEST, PER_IMAGE, write_result
 from mibench.params import build
 from mibench.protocol import Protocol, load_protocol, released
-from mibench.record import CONTROLLED, Component, Record
-from mibench.registry import Registry, attacks, defenses
+from mibench.record import CONTROLLED, PLACES, Component, Record
+from mibench.registry import Registry, attacks, defenses, metrics
 from mibench.verdict import Difference, Verdict, compare, data_differences
 
 VERDICT = "verdict.json"
@@ -169,13 +169,25 @@ def values_beside(record: Record, folder: Path) -> tuple[list[Difference], pd.Da
     if not path.is_file():
         return found, None
     try:
-        return found, pd.read_parquet(path)
+        return found, _table(path)
     except Exception as error:
         line = " ".join(str(error).split())
         raise RecordError(
             f"{path} cannot be read ({line}); restore it, or take it away: means are then compared "
             "without it"
         ) from error
+
+
+def _table(path: Path) -> pd.DataFrame:
+    """Values per image: a hash in each row, and numbers in all columns of metrics."""
+    found = pd.read_parquet(path)
+    if "sha256" not in found:
+        raise ValueError("it has no column 'sha256'")
+    known = {name for score in metrics.names() for name in (p + score for p in PLACES.values())}
+    for name in known & set(found.columns):
+        if not pd.api.types.is_numeric_dtype(found[name]):
+            raise ValueError(f"its column {name!r} holds no numbers")
+    return found
 
 
 def manifest_of(roles: Roles) -> str:

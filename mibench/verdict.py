@@ -82,7 +82,8 @@ class Verdict:
 
     Attributes:
         word: ``identical`` (every value of every image), ``same`` (every mean moved by no more than
-            the noise floor and the images' own scatter allow) or ``different``.
+            the noise floor and the images' own scatter allow) or ``different``. With few images
+            the scatter allows much: ``same`` means that no difference was found.
         differences: in the order of the way; those of `CIRCUMSTANCES` need not matter.
         rows: all scores side by side; empty where nothing was run.
     """
@@ -130,7 +131,11 @@ def compare(
     way += values + means
     # Where no value of any image differs, a mean that does was not computed from them.
     whole = alike and not values and not reseeded
-    broken = edited or stuck or (whole and means) or any(one.place == "data" for one in way)
+    # Where no score of the attack was compared, nothing is known to be the same.
+    blank = not any(row.place == "scores" for row in rows)
+    broken = (
+        edited or stuck or blank or (whole and means) or any(one.place == "data" for one in way)
+    )
     if broken or not all(row.agrees for row in rows):
         return Verdict("different", way, rows)
     return Verdict("identical" if whole else "same", way, rows)
@@ -213,7 +218,10 @@ def _paired(place: str, score: Score, after: float, old: pd.Series, new: object)
     assert score.value is not None
     assert isinstance(new, pd.Series), "a score with a value has a column"
     change = torch.tensor(new.to_numpy(np.float64) - old.to_numpy(np.float64))
-    low, high = bootstrap_mean(change, seed=0)
+    # One image has no scatter to allow for.
+    low, high = (
+        bootstrap_mean(change, seed=0) if len(change) > 1 else (float(change), float(change))
+    )
     allowed = tolerance(score.metric, score.value)
     agrees = low <= allowed and high >= -allowed
     return Row(place, score.metric, score.value, after, low, high, True, allowed, agrees)

@@ -12,12 +12,14 @@ from mibench.data.roles import private_images
 from mibench.data.sets import ImageSet
 from mibench.evaluate import Result, manifest_text, open_record
 from mibench.job import Job
+from mibench.metrics.distribution import SET_METRICS
 from mibench.metrics.intervals import estimate_mean, normalised_leakage
 from mibench.outputs import write_result
 from mibench.protocol import ROLES, load_protocol
-from mibench.record import AdversaryFacts, Calibration, Cost, DataFacts, Score
-from mibench.registry import metrics
+from mibench.record import AdversaryFacts, Calibration, Cost, DataFacts, JudgeFacts, Score
+from mibench.registry import measures, metrics
 from mibench.scoring import Scores, leakage_scores, spread, utility_scores
+from mibench.stored import rounded
 from mibench.task import Classification
 
 ID = "cifar10-lite-v1"
@@ -64,16 +66,16 @@ def forge(folder, *, seed=0, undefended=0.012, attack="decoder", protocol_id=ID)
             for at in range(data.private.count - data.attacked)
         ]
     originals = private.images()
-    rebuilt = disturbed(originals, 0.05, 3)
+    rebuilt = rounded(disturbed(originals, 0.05, 3))
+    bare = rounded(disturbed(originals, undefended, 4))
+    mean = rounded(torch.full_like(originals, 0.5))
     permuted = permute((rebuilt,))[0]
     draws = seeding.derive(seed, "intervals")
     scored = {
         "scores": scores_of(names, rebuilt, originals, draws),
-        "undefended": scores_of(names, disturbed(originals, undefended, 4), originals, draws),
+        "undefended": scores_of(names, bare, originals, draws),
         "permuted": scores_of(names, permuted, originals, draws),
-        "prior_only": scores_of(names, torch.full_like(originals, 0.5), originals, draws).named(
-            "mean-image"
-        ),
+        "prior_only": scores_of(names, mean, originals, draws).named("mean-image"),
     }
     right = torch.rand(data.private.count, generator=torch.Generator().manual_seed(5)) < 0.7
     logits = torch.nn.functional.one_hot(right.long(), 2).float()
@@ -102,7 +104,25 @@ def forge(folder, *, seed=0, undefended=0.012, attack="decoder", protocol_id=ID)
         ),
         manifest=hashlib.sha256(manifest_text(hashes)).hexdigest(),
         adversary=AdversaryFacts(knowledge="white_box", corrupted=[0], screening={}),
-        utility=utility_scores("", two, logits, truth, draws),
+        utility=[
+            *utility_scores("", two, logits, truth, draws),
+            *utility_scores("undefended ", two, logits, truth, draws),
+        ],
+        judge=JudgeFacts(
+            artifact="forged",
+            weights="forged",
+            backbone=opened.backbone,
+            trained_on="auxiliary",
+            accuracy=0.75,
+            gallery=0,
+        ),
+        information=unmeasured(name for name in measures.names()),
+        information_undefended=unmeasured(name for name in measures.names()),
+        distribution=[
+            one.model_copy(update={"source": source})
+            for source in ("attack", "undefended")
+            for one in unmeasured(metric.name for metric in SET_METRICS)
+        ],
         cost=Cost(
             client_parameters=1792,
             client_flops=900_000,
@@ -126,8 +146,32 @@ def forge(folder, *, seed=0, undefended=0.012, attack="decoder", protocol_id=ID)
         **scored["prior_only"].columns("prior_only_"),
         "correct": right[: data.attacked].float(),
     }
-    result = Result(record, hashes, CLASSES, private, rebuilt, {"permuted": permuted}, columns)
+    controls = {"permuted": permuted, "mean-image": mean, "typical-image": rebuilt[:1]}
+    result = Result(record, hashes, CLASSES, private, rebuilt, controls, columns, undefended=bare)
     return write_result(result, folder)
+
+
+def unmeasured(names):
+    """Numbers without a value, with the unit and direction that they have."""
+    found = []
+    for name in names:
+        known = next((one for one in SET_METRICS if one.name == name), None)
+        higher = measures.load(name).higher_is_better if known is None else False
+        unit = measures.load(name).unit if known is None else known.unit
+        found.append(
+            Score(
+                metric=name,
+                version=1,
+                unit=unit,
+                higher_is_better=higher,
+                value=None,
+                ci_low=None,
+                ci_high=None,
+                n=0,
+                reason="it was not measured",
+            )
+        )
+    return found
 
 
 def scores_of(names, images, originals, draws):
@@ -199,13 +243,16 @@ def score_of(values, place, metric):
 
 def cover_up(folder, values):
     """Writes the record with hashes of the files that are there now."""
-    pictures = sorted((folder / "reconstructions").glob("*.png"))
-    together = hashlib.sha256(b"".join(path.read_bytes() for path in pictures))
     files = {
         name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
         for name in ("grid.png", "manifest.txt", "per_image.parquet")
     }
-    values["files"] = files | {"reconstructions": together.hexdigest()}
+    for kind in sorted({"reconstructions", *values["files"]} - set(files)):
+        together = hashlib.sha256()
+        for path in sorted((folder / kind).glob("*.png")):
+            together.update(path.read_bytes())
+        files[kind] = together.hexdigest()
+    values["files"] = files
     values["manifest"] = files["manifest.txt"]
     write(folder, values)
 

@@ -43,3 +43,9 @@ class Finding:
 def caught(findings: Iterable[Finding]) -> list[str]:
     """Returns the names of the checks that failed, in order, each once."""
     return list(dict.fromkeys(one.check for one in findings if one.verdict is Verdict.FAILED))
+
+
+def one_line(text: str) -> str:
+    """Foreign text on one line, short, without what could steer a terminal."""
+    plain = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return plain if len(plain) <= 300 else plain[:297] + "..."

@@ -9,6 +9,7 @@ from mibench.checks.battery import Battery, Outcome, failed, passed, warned
 from mibench.checks.process import ComponentError, Process
 from mibench.checks.trial import Trial
 from mibench.data.procedural import CLASS_NAMES
+from mibench.defenses.base import TOLERANCE
 from mibench.deployment import CONSTANT
 from mibench.metrics.cost import bytes_on_wire
 
@@ -24,6 +25,8 @@ NUMERIC = 1e-4
 """Singular value over the largest one above which it counts for the rank."""
 OVER_BUDGET = 6.0
 """FLOPs of the client over those of the undefended one that released protocols still rank."""
+PRECISE = 0.5
+"""Correlation of logits, over images, that rounded shares leave at least."""
 NOTHING_LEFT = 0.1
 """Share of the undefended servers' FLOPs below which the servers do nothing any more."""
 
@@ -96,8 +99,9 @@ def wire_bytes(trial: Trial) -> Outcome:
 
 @wiring.check(
     "wire-logits",
-    tried="ran the client and every server in processes of their own, with only shares between",
-    advice="let serve() use its share and its weights alone; nothing else reaches a server",
+    tried="ran client, every server and fusion in processes of their own, with only shares and "
+    "replies between",
+    advice="let serve() use its share and fuse() the replies, with their weights and nothing else",
 )
 def wire_logits(trial: Trial) -> Outcome:
     """The same logits across processes as in one."""
@@ -184,6 +188,35 @@ def input_matters(trial: Trial) -> Outcome:
 def _correlation(one: Tensor, other: Tensor) -> float:
     a, b = (x.double() - x.double().mean(0) for x in (one, other))
     return float((a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-30))
+
+
+@wiring.check(
+    "wire-precision",
+    tried=f"rounded every share to {TOLERANCE:.0%} of its RMS and asked the servers again",
+    advice="put what the servers need into digits that an attacker looks at",
+)
+def wire_precision(trial: Trial) -> Outcome:
+    """What the servers need does not hide in digits below what attacks allow for.
+
+    Of several servers it is a warning: shares that cancel each other need their digits.
+    """
+    shares = trial.send(trial.some, trial.seed, "precision")
+    own, coarse = trial.logits(shares), trial.logits(tuple(map(_coarse, shares)))
+    correlation = _correlation(own, coarse)
+    words = f"the logits' correlation with those of rounded shares is {correlation:.2f}"
+    if correlation >= PRECISE:
+        return passed(words)
+    return failed(words) if len(shares) == 1 else warned(words)
+
+
+def _coarse(share: Tensor) -> Tensor:
+    """Rounded to multiples of `TOLERANCE` times each row's RMS; what are no floats stays."""
+    if not share.is_floating_point():
+        return share
+    values = share.double()
+    step = TOLERANCE * values.flatten(1).square().mean(1).sqrt().clamp_min(1e-12)
+    step = step.view(-1, *(1,) * (share.ndim - 1))
+    return ((values / step).round() * step).to(share.dtype)
 
 
 @wiring.check(

@@ -30,7 +30,7 @@ from torch import Tensor
 
 import mibench
 from mibench.checks import wire
-from mibench.checks.base import Finding, Verdict
+from mibench.checks.base import Finding, Verdict, one_line
 from mibench.checks.confine import Limits
 from mibench.errors import MibenchError
 from mibench.files import Json
@@ -288,6 +288,9 @@ class Process:
         """
         if self._broken is not None:
             raise ComponentError(self._broken)
+        if self._unasked():
+            # Or it would be taken for the answer to what is asked now.
+            self._break("limit-reply", f"the {self.role} sent something that nobody asked for")
         deadline = time.monotonic() + (seconds or self.limits.seconds)
         try:
             self._connection.settimeout(max(deadline - time.monotonic(), 0.1))
@@ -317,6 +320,15 @@ class Process:
     def alive(self) -> bool:
         """Whether it still answers."""
         return self._open
+
+    def _unasked(self) -> bool:
+        """Whether something lies on the connection while no request is open."""
+        ready, _, _ = select.select([self._connection], [], [], 0)
+        try:
+            # Nothing at all means that the process has ended, which is told when it is asked.
+            return bool(ready) and bool(self._connection.recv(1, socket.MSG_PEEK))
+        except OSError:
+            return False
 
     # --- reading ---------------------------------------------------------------------------------
 
@@ -386,7 +398,7 @@ class Process:
                 continue
             kind, what = item
             if f"limit-{kind}" in TRIED:
-                found.append(failure(f"limit-{kind}", f"the {self.role} tried {_shown(what)}"))
+                found.append(failure(f"limit-{kind}", f"the {self.role} tried {one_line(what)}"))
         for one in found:
             if one.check not in {other.check for other in self.findings}:
                 self.findings.append(one)
@@ -394,12 +406,14 @@ class Process:
 
     def _error(self, error: object, do: str, refused: list[Finding]) -> Exception:
         told = error if isinstance(error, dict) else {}
-        kind, message = told.get("kind"), _shown(str(told.get("message", "")))
+        kind, message = told.get("kind"), one_line(str(told.get("message", "")))
         if refused:
             return ComponentError(refused[0])
         if kind == "mibench" and do.endswith((".load", ".build", ".find")):
             return MibenchError(message)
-        said = f"{_shown(str(told.get('type', '')))}: {message} ({_shown(str(told.get('where')))})"
+        said = (
+            f"{one_line(str(told.get('type', '')))}: {message} ({one_line(str(told.get('where')))})"
+        )
         what = f"in {do}, the {self.role} "
         if kind == "exit":
             found = failure("limit-exit", f"{what}tried to end the interpreter ({said})")
@@ -434,7 +448,7 @@ class Process:
                 check = "limit-time"
             elif number == signal.SIGXFSZ:
                 check = "limit-files"
-        said = _shown(bytes(self._printed[-200:]).decode(errors="replace"))
+        said = one_line(bytes(self._printed[-200:]).decode(errors="replace"))
         last = f"; it printed last: {said}" if said else ""
         self._break(check, f"the process of the {self.role} ended {how}{last}")
 
@@ -522,9 +536,3 @@ def _asked_memory(number: int) -> int | None:
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
-
-
-def _shown(text: str) -> str:
-    """A component's text on one line, short, without what could steer a terminal."""
-    plain = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return plain if len(plain) <= 300 else plain[:297] + "..."

@@ -7,17 +7,19 @@ come with mibench.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet as pq
 from PIL import Image
 from pydantic import ValidationError
 
-from mibench.checks import record_numbers, record_rules
-from mibench.checks.base import Finding, Verdict
+from mibench.checks import record_facts, record_numbers, record_rules
+from mibench.checks.base import Finding, Verdict, one_line
 from mibench.checks.record_run import Problem, Run
 from mibench.files import Json
 from mibench.outputs import GRID, MANIFEST, OF_CONTROLS, PER_IMAGE, RECONSTRUCTIONS, RECORD
@@ -25,6 +27,8 @@ from mibench.record import CONTROLLED, FORMAT, Record
 
 LARGEST = 2**28
 """Bytes of the largest file that is read."""
+MOST_ROWS = 10**6
+"""Attacked images, at most."""
 MOST_LINES = 20
 """Problems that one check tells one by one."""
 
@@ -53,7 +57,7 @@ def check_run(
     """
     found, record = _read(folder)
     if record is None:
-        return found
+        return [replace(one, found=one_line(one.found)) for one in found]
     run = Run(folder, record, _table(folder), _manifest(folder), data_root, cache)
     for check in _CHECKS:
         problems = list(check.look(run))
@@ -66,13 +70,20 @@ def check_run(
             worst = max((p.verdict for p in problems[MOST_LINES:]), key=list(Verdict).index)
             more = f"and {len(problems) - MOST_LINES} more of this kind"
             found.append(Finding(check.name, worst, check.tried, more, check.advice))
-    parts = [part.attack for part in record.suite if part.scores]
-    inside = [one for name in parts for one in _of_part(run, name)]
+    parts: dict[str, Run] = {}
+    inside = [
+        one for part in record.suite if part.scores for one in _of_part(run, part.attack, parts)
+    ]
     found += [one for one in inside if one.verdict is not Verdict.PASSED]
-    if parts and not any(one.verdict is Verdict.FAILED for one in inside):
+    if inside and not any(one.verdict is Verdict.FAILED for one in inside):
         words = f"{len(parts)} folders hold: {', '.join(parts)}"
         found.append(Finding("record-parts", Verdict.PASSED, _PARTS_TRIED, words))
-    return found
+    if record.suite:
+        found += [
+            Finding(_SUITE.name, one.verdict, _SUITE.tried, one.text, _SUITE.advice)
+            for one in record_numbers.of_parts(run, parts)
+        ]
+    return [replace(one, found=one_line(one.found)) for one in found]
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -89,6 +100,9 @@ def _read(folder: Path) -> tuple[list[Finding], Record | None]:
     record: Record | None = None
     try:
         values = _load(folder / RECORD, lines)
+    except RecursionError:
+        lines.append(f"{folder / RECORD} cannot be read: it is nested too deeply")
+        values = None
     except (OSError, ValueError) as error:
         lines.append(f"{folder / RECORD} cannot be read: {error}")
         values = None
@@ -98,6 +112,9 @@ def _read(folder: Path) -> tuple[list[Finding], Record | None]:
         lines.append(f"the status is {record.status!r}: a run that did not finish has no result")
         record = None
     old = record is not None and record.format_version < CONTROLLED
+    if old and record is not None and record.protocol.ranked:
+        # Or whoever lacks controls would only have to call the format an older one.
+        lines.extend(f"it is ranked, and {why}" for why in _uncontrolled(record))
     found = [Finding(_SCHEMA, Verdict.FAILED, _SCHEMA_TRIED, one, _SCHEMA_ADVICE) for one in lines]
     if old and record is not None:
         said = (
@@ -109,6 +126,15 @@ def _read(folder: Path) -> tuple[list[Finding], Record | None]:
     return found, record
 
 
+def _uncontrolled(record: Record) -> list[str]:
+    """What the present format would say of a record of an older one."""
+    try:
+        Record.model_validate({**record.model_dump(), "format_version": FORMAT})
+    except ValidationError as error:
+        return [one["msg"] for one in error.errors()]
+    return []
+
+
 def _load(path: Path, lines: list[str]) -> dict[str, Json] | None:
     def once(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
         names = [name for name, _ in pairs]
@@ -117,7 +143,7 @@ def _load(path: Path, lines: list[str]) -> dict[str, Json] | None:
         )
         return dict(pairs)
 
-    values = json.loads(_bytes(path), object_pairs_hook=once)
+    values = json.loads(_bytes(path).decode("utf-8"), object_pairs_hook=once)
     if not isinstance(values, dict):
         lines.append("record.json holds no fields")
         return None
@@ -170,8 +196,11 @@ def _bytes(path: Path) -> bytes:
 
 def _table(folder: Path) -> pd.DataFrame | None:
     try:
-        _bytes(folder / PER_IMAGE)
-        return pd.read_parquet(folder / PER_IMAGE)
+        data = io.BytesIO(_bytes(folder / PER_IMAGE))
+        # A small file can unfold into any number of rows.
+        if pq.ParquetFile(data).metadata.num_rows > MOST_ROWS:
+            return None
+        return pd.read_parquet(data)
     except Exception:
         return None
 
@@ -196,14 +225,11 @@ def _files(run: Run) -> Iterator[Problem]:
         yield Problem(f"the record names a file {name!r} that no run writes")
     for name in sorted(known & set(named)):
         try:
-            if name in (RECONSTRUCTIONS, *OF_CONTROLS):
-                data = b"".join(_bytes(path) for path in run.pictures(name))
-            else:
-                data = _bytes(run.folder / name)
+            digest = _digest(run, name)
         except OSError as error:
             yield Problem(f"{name} cannot be read: {error}")
             continue
-        if hashlib.sha256(data).hexdigest() != named[name]:
+        if digest != named[name]:
             yield Problem(f"{name} is not the file that the record was written with")
     if run.table is None and (run.folder / PER_IMAGE).exists():
         yield Problem(f"{PER_IMAGE} is no readable table")
@@ -211,10 +237,28 @@ def _files(run: Run) -> Iterator[Problem]:
         yield Problem("the hash of manifest.txt differs from the record's field 'manifest'")
 
 
+def _digest(run: Run, name: str) -> str:
+    """The hash of a file, or over all pictures of a folder in order."""
+    pictures = name in (RECONSTRUCTIONS, *OF_CONTROLS)
+    if pictures and (run.folder / name).is_symlink():
+        raise OSError("it is a link")
+    found = hashlib.sha256()
+    for path in run.pictures(name) if pictures else [run.folder / name]:
+        found.update(_bytes(path))
+    return found.hexdigest()
+
+
 def _counts(run: Run) -> Iterator[Problem]:
     data, rule = run.record.data, run.rule("data")
-    assert data is not None
-    attacked = data.images.get("attacked", -1)
+    if data is None:
+        first = run.record.format_version == 1
+        verdict = Verdict.WARNED if first else Verdict.FAILED
+        yield Problem("the record does not say which images were used", verdict)
+        return
+    attacked = run.attacked
+    if not 0 < attacked <= MOST_ROWS:
+        yield Problem(f"{attacked} images are attacked")
+        return
     if rule.get("attacked") != attacked:
         yield Problem(f"{attacked} images are attacked, not the protocol's {rule.get('attacked')}")
     if rule.get("image_size") != data.image_size:
@@ -272,8 +316,11 @@ def _pictures(run: Run, attacked: int, side: int) -> Iterator[Problem]:
 # --- suites --------------------------------------------------------------------------------------
 
 
-def _of_part(run: Run, name: str) -> list[Finding]:
-    """Checks the folder of one attack of a suite, and that the suite tells the same of it."""
+def _of_part(run: Run, name: str, parts: dict[str, Run]) -> list[Finding]:
+    """Checks the folder of one attack of a suite, and that the suite tells the same of it.
+
+    A part that can be read is added to ``parts``.
+    """
     folder = run.folder / name
     if folder.parent != run.folder or name in ("", ".", ".."):
         return [Finding("record-files", Verdict.FAILED, "finds the parts of a suite",
@@ -286,9 +333,9 @@ def _of_part(run: Run, name: str) -> list[Finding]:
     elif record is not None:
         findings = check_run(folder, run.data_root, run.cache)
         part = Run(folder, record, _table(folder), _manifest(folder), None, None)
-        check = next(one for one in _CHECKS if one.name == "record-suite")
+        parts[name] = part
         findings += [
-            Finding(check.name, problem.verdict, check.tried, problem.text, check.advice)
+            Finding(_SUITE.name, problem.verdict, _SUITE.tried, problem.text, _SUITE.advice)
             for problem in record_numbers.of_part(run, part)
         ]
     return [
@@ -297,6 +344,7 @@ def _of_part(run: Run, name: str) -> list[Finding]:
 
 
 _EDITED = "numbers were changed after the run; run again and leave the files as they are"
+_SUITE = _Check("record-suite", "holds a suite against its attacks", _EDITED, record_numbers.suite)
 _CHECKS = (
     _Check("record-files", "compares every file with the hash in the record",
            "keep the folder together as `mibench run` has written it", _files),
@@ -308,7 +356,7 @@ _CHECKS = (
            _EDITED, record_numbers.leakage),
     _Check("record-identities", "holds per-image values against what their definitions imply",
            _EDITED, record_numbers.identities),
-    _Check("record-suite", "holds a suite against its attacks", _EDITED, record_numbers.suite),
+    _SUITE,
     _Check("record-rescored", "scores the stored reconstructions against the protocol's images",
            "the reconstructions are not those that were scored; run again",
            record_numbers.rescored),
@@ -319,6 +367,8 @@ _CHECKS = (
     _Check("record-calibration", "holds strength and convergence of the attacks against the "
            "references", "train the attack until it reaches the reference, or mark it as weak",
            record_rules.calibration),
+    _Check("record-facts", "holds judge, cost, information and data against their definitions and "
+           "the protocol", _EDITED, record_facts.facts),
     _Check("record-plausible", "looks for values that no measurement gives",
            "say in the submission how this came about", record_numbers.plausible),
 )  # fmt: skip

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -18,8 +19,17 @@ from mibench.checks.record_run import Problem, Run
 from mibench.data.roles import open_dataset, private_images
 from mibench.errors import MibenchError, UnavailableError
 from mibench.gallery import FIRST_CHOICE
+from mibench.job import SUITE
 from mibench.metrics.base import Metric
 from mibench.metrics.intervals import Estimate, estimate_mean, normalised_leakage
+from mibench.outputs import (
+    GUESSES,
+    PERMUTED,
+    PRIOR_SAMPLE,
+    RECONSTRUCTIONS,
+    SAME_FOR_ALL,
+    UNDEFENDED,
+)
 from mibench.protocol import DataRule, is_folder
 from mibench.record import CONTROLLED, PLACES, Score
 from mibench.registry import datasets, metrics
@@ -33,6 +43,8 @@ ROUNDED = 0.5 / 255
 """Most that a pixel of a stored image differs from the one that was scored."""
 LOOSE = 0.02
 """Most that SSIM or LPIPS of a stored image may differ from the value in the table."""
+EXACT = {"mse": 1e-6, "psnr": 1e-3, "ssim": 1e-4, "lpips": 0.005}
+"""Most that another machine may make of the same stored image, by metric, in its unit."""
 PIXEL_METRICS = ("mse", "psnr", "ssim", "lpips")
 """Metrics that need nothing but a pair of images."""
 
@@ -238,6 +250,40 @@ def suite(run: Run) -> Iterator[Problem]:
         yield Problem("seconds_per_image is not the sum of the attacks' own")
 
 
+def of_parts(whole: Run, parts: Mapping[str, Run]) -> Iterator[Problem]:
+    """The controls of a suite are the worst of the controls of its attacks, and none is missing.
+
+    Args:
+        whole: the suite.
+        parts: the runs of its attacks that have scores, by name.
+    """
+    for place in ("undefended", "permuted"):
+        for score in getattr(whole.record, place):
+            name = PLACES[place] + score.metric
+            values, own = whole.values(name), [part.values(name) for part in parts.values()]
+            known = [one for one in own if one is not None]
+            if (
+                values is None
+                or len(known) != len(own)
+                or {len(one) for one in known} != {len(values)}
+            ):
+                continue  # told by record-means or record-counts
+            table = torch.stack(known)
+            worst = table.max(0)[0] if score.higher_is_better else table.min(0)[0]
+            wrong = int(((values - worst).abs() > 1e-9).sum())
+            if wrong:
+                yield Problem(f"{place}: {score.metric} of {wrong} images is not the worst of the "
+                              "attacks' own")  # fmt: skip
+    asked = {part.attack.partition("@")[0] for part in whole.record.suite}
+    meant = set(whole.rule("attacks")) if whole.record.attack.name == SUITE else asked
+    if missing := sorted(meant - asked):
+        yield Problem(f"the suite lacks {', '.join(missing)} of the protocol's attacks")
+    for part in whole.record.suite:
+        if not part.scores:
+            text = f"{part.attack} is said not to apply: {part.reason}"
+            yield Problem(text, Verdict.WARNED)
+
+
 def of_part(whole: Run, part: Run) -> Iterator[Problem]:
     """A part of a suite tells the same in both places.
 
@@ -268,45 +314,80 @@ def of_part(whole: Run, part: Run) -> Iterator[Problem]:
 
 
 def rescored(run: Run) -> Iterator[Problem]:
-    """The stored reconstructions, scored against the images that the protocol names.
+    """The stored images, scored against those that the protocol names: attack and controls.
 
-    A stored image is rounded to 8 bits, so each pixel differs by at most `ROUNDED` from the scored
-    one. The root of the MSE can then differ by as much, which also bounds the PSNR; SSIM and LPIPS
-    may differ by `LOOSE`.
+    From format 4 on, what is stored is what was scored. Before, a stored image was rounded to 8
+    bits afterwards, so each pixel differs by at most `ROUNDED` from the scored one; the root of the
+    MSE can then differ by as much, which also bounds the PSNR, and SSIM and LPIPS by `LOOSE`.
     """
     originals = _originals(run)
     if isinstance(originals, str):
         yield Problem(originals, Verdict.SKIPPED)
         return
-    images = _stored(run, len(originals))
-    if images is None:
-        yield Problem("the stored images cannot be scored, see record-counts", Verdict.SKIPPED)
+    for place, folder in _STORED.items():
+        if folder != RECONSTRUCTIONS and folder not in run.record.files:
+            continue
+        images = _stored(run, folder, len(originals))
+        if images is None:
+            yield Problem(f"the images in {folder} cannot be scored", Verdict.SKIPPED)
+            continue
+        names = [score.metric for score in getattr(run.record, place) if score.value is not None]
+        known = [name for name in PIXEL_METRICS if name in names]
+        if run.record.suite:
+            # Each metric has its own worst attack; the pictures are those of one of them.
+            known = [name for name in known if name == FIRST_CHOICE]
+        for name in known:
+            yield from _scored_again(run, place, name, images, originals)
+    if GUESSES in run.record.files:
+        yield from _guesses_again(run, originals)
+
+
+_STORED = {"scores": RECONSTRUCTIONS, "undefended": UNDEFENDED, "permuted": PERMUTED}
+"""Where the images lie that a field of a record scores."""
+
+
+def _guesses_again(run: Run, originals: Tensor) -> Iterator[Problem]:
+    """The blind guess that the floor names, for each metric."""
+    for score in run.record.prior_only:
+        if score.value is None or score.metric not in PIXEL_METRICS:
+            continue
+        if score.source in SAME_FOR_ALL:
+            paths = [run.folder / GUESSES / f"{score.source}.png"] * len(originals)
+        elif score.source == PRIOR_SAMPLE:
+            paths = run.pictures(PRIOR_SAMPLE)
+        else:
+            continue  # told by record-facts
+        images = _read(run, paths, len(originals))
+        if images is None:
+            yield Problem(f"the guess {score.source} cannot be scored", Verdict.SKIPPED)
+        else:
+            yield from _scored_again(run, "prior_only", score.metric, images, originals)
+
+
+def _scored_again(
+    run: Run, place: str, name: str, images: Tensor, originals: Tensor
+) -> Iterator[Problem]:
+    said = run.values(PLACES[place] + name)
+    if said is None or len(said) != len(images):
         return
-    names = [score.metric for score in run.record.scores if score.value is not None]
-    known = [name for name in PIXEL_METRICS if name in names]
-    if run.record.suite:
-        # Each metric has its own worst attack; the pictures are those of one of them.
-        known = [name for name in known if name == FIRST_CHOICE]
-    for name in known:
-        said = run.values(name)
-        if said is None or len(said) != len(images):
-            continue
-        try:
-            found = metrics.load(name)()(images, originals)
-        except UnavailableError as error:
-            yield Problem(str(error), Verdict.SKIPPED)
-            continue
-        wrong = (found - said).abs() > _allowed(name, said)
-        if bool(wrong.any()):
-            first = int(wrong.nonzero()[0])
-            yield Problem(
-                f"{name} of {int(wrong.sum())} stored images is not the one in the table, such as "
-                f"{found[first]:.5g} instead of {said[first]:.5g} of image {first}"
-            )
+    try:
+        found = metrics.load(name)()(images, originals)
+    except UnavailableError as error:
+        yield Problem(str(error), Verdict.SKIPPED)
+        return
+    exact = run.record.format_version >= CONTROLLED
+    allowed = torch.full_like(said, EXACT[name]) if exact else _allowed(name, said)
+    wrong = (found - said).abs() > allowed
+    if bool(wrong.any()):
+        first = int(wrong.nonzero()[0])
+        yield Problem(
+            f"{place}: {name} of {int(wrong.sum())} stored images is not the one in the table, "
+            f"such as {found[first]:.5g} instead of {said[first]:.5g} of image {first}"
+        )
 
 
 def _allowed(name: str, values: Tensor) -> Tensor:
-    """Most that each value may differ after rounding."""
+    """Most that each value may differ where images were rounded after they were scored."""
     if name not in ("mse", "psnr"):
         return torch.full_like(values, LOOSE)
     mse = values if name == "mse" else 10 ** (-values / 10)
@@ -342,14 +423,26 @@ def _originals(run: Run) -> Tensor | str:
     return private.at(chosen).images()
 
 
-def _stored(run: Run, count: int) -> Tensor | None:
-    try:
-        arrays = [np.array(Image.open(path, formats=("PNG",))) for path in run.pictures()]
-        pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
-    except Exception:
-        return None
+def _stored(run: Run, folder: str, count: int) -> Tensor | None:
+    return _read(run, run.pictures(folder), count)
+
+
+def _read(run: Run, paths: Sequence[Path], count: int) -> Tensor | None:
+    """Pictures as (count, 3, H, W) in [0, 1]; None where they are of another number or size."""
     side = run.record.data.image_size if run.record.data else 0
-    return pixels.float() / 255 if pixels.shape == (count, 3, side, side) else None
+    if len(paths) != count:
+        return None
+    arrays = []
+    for path in paths:
+        try:
+            with Image.open(path, formats=("PNG",)) as image:
+                # A huge image is refused by its size, before it is decoded.
+                if (image.size, image.mode) != ((side, side), "RGB"):
+                    return None
+                arrays.append(np.array(image))
+        except Exception:
+            return None
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
 
 
 # --- plausible -----------------------------------------------------------------------------------

@@ -80,6 +80,15 @@ def _departures(run: Run, protocol: Protocol | None) -> Iterator[tuple[str, str]
         yield "differs from the released", f"the content is not that of the released {named.id}"
     if protocol is None:
         return
+    if _released(run) is not None:
+        # What the content id does not see: metrics and judge.
+        for key in protocol.changes:
+            text = f"{key} differs from the released {named.id}"
+            yield text, text
+    wanted = protocol.backbone
+    if record.backbone.name != wanted.name:
+        text = f"the backbone is {record.backbone.name}, not the protocol's {wanted.name}"
+        yield "backbone", text
     if record.seed not in protocol.seeds:
         yield "none of the protocol's", f"seed {record.seed} is none of {list(protocol.seeds)}"
     names = list(record.attack.params) if record.attack.name == SUITE else [record.attack.name]
@@ -192,6 +201,8 @@ def adversary(run: Run) -> Iterator[Problem]:
     for coalition in [facts.corrupted, *facts.coalitions]:
         if len(coalition) != together:
             yield Problem(f"the adversary reads {len(coalition)} servers, not {together}")
+        if len(set(coalition)) < len(coalition) or not set(coalition) <= set(range(servers)):
+            yield Problem(f"the adversary reads {coalition}, and there are {servers} servers")
     if facts.screening and len(facts.coalitions) != 1:
         worst = min(facts.screening, key=facts.screening.__getitem__)
         if worst != "+".join(map(str, facts.corrupted)):

@@ -49,6 +49,11 @@ class Run:
         value = self.record.protocol.values.get(name)
         return value if isinstance(value, Mapping) else {}
 
+    @property
+    def attacked(self) -> int:
+        """How many images the record says were attacked; 0 where it does not."""
+        return self.record.data.images.get("attacked", 0) if self.record.data is not None else 0
+
     def pictures(self, kind: str = RECONSTRUCTIONS) -> list[Path]:
         """The files of the reconstructions or of a control, in order."""
         return sorted((self.folder / kind).glob("*.png"))

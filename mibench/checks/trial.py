@@ -170,6 +170,11 @@ class Trial:
         return self.stand_in("client")
 
     @cached_property
+    def reader(self) -> Process:
+        """The user's process when replies come back; it has sent nothing and remembers nothing."""
+        return self.stand_in("reader")
+
+    @cached_property
     def servers(self) -> list[Process]:
         """A process for each server."""
         assert self.trained
@@ -242,7 +247,7 @@ class Trial:
     def logits(self, shares: Shares) -> Tensor:
         """Returns what client and servers, all in their own processes, make of shares."""
         replies = {f"reply.{k}": reply for k, reply in enumerate(self.replies(shares))}
-        return self.client.ask("defense.fuse", replies)[1]["logits"]
+        return self.reader.ask("defense.fuse", replies)[1]["logits"]
 
     @cached_property
     def draws(self) -> Shares:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -11,6 +12,10 @@ from hypothesis import strategies as st
 
 from mibench.checks.base import Verdict, caught
 from mibench.checks.record import check_run
+from mibench.checks.record_numbers import of_parts
+from mibench.checks.record_run import Run
+from mibench.errors import RecordError
+from mibench.record import SuitePart, read_record
 
 RANKED = "cifar10-lite-v1"
 OPEN = "procedural-smoke-v1"
@@ -148,6 +153,49 @@ def test_a_value_that_is_not_a_number(run):
     assert caught(check_run(folder))[0] == "record-schema"
 
 
+def test_what_is_nested_without_end(run):
+    folder = run()
+    text = (folder / "record.json").read_text().rstrip()[:-1]
+    (folder / "record.json").write_text(text + ', "x": ' + "[" * 10**5 + "]" * 10**5 + "}")
+    assert caught(check_run(folder)) == ["record-schema"]
+    with pytest.raises(RecordError, match="nested too deeply"):
+        read_record(folder)
+
+
+def test_a_table_that_unfolds_into_too_many_rows_is_not_read(run, monkeypatch):
+    folder = run()
+    monkeypatch.setattr("mibench.checks.record.MOST_ROWS", 127)
+    monkeypatch.setattr("pandas.read_parquet", None)
+    assert "per_image.parquet is no readable table" in told(folder)
+
+
+def test_what_a_record_says_cannot_steer_a_terminal(run):
+    folder = run()
+    values = read(folder)
+    values["defense"]["name"] = "a\n\x1b[2J\ud800b"
+    write(folder, values)
+    (line,) = (one.found for one in check_run(folder) if "does not come with" in one.found)
+    assert line.startswith("defense a [2J b")
+    line.encode()
+
+
+def test_an_accuracy_far_from_that_on_the_attacked_images_is_a_warning(run):
+    folder = run()
+    values = read(folder)
+    values["utility"][0].update(value=0.99, ci_low=0.98, ci_high=1.0)
+    write(folder, values)
+    findings = check_run(folder)
+    assert caught(findings) == []
+    assert any("far from that on the attacked" in one.found for one in findings)
+
+
+def test_a_folder_that_is_a_link_is_not_followed(run, tmp_path):
+    folder = run()
+    (folder / "reconstructions").rename(tmp_path / "elsewhere")
+    (folder / "reconstructions").symlink_to(tmp_path / "elsewhere")
+    assert "record-files" in caught(check_run(folder))
+
+
 def test_a_link_is_not_followed(run, tmp_path):
     folder = run()
     (folder / "manifest.txt").rename(tmp_path / "elsewhere")
@@ -182,6 +230,23 @@ def test_a_link_is_not_followed(run, tmp_path):
         (lambda v: v["utility"][0].update(value=0.0001), "record-identities"),
         (lambda v: v["scores"][1].update(higher_is_better=False), "record-identities"),
         (lambda v: v["data"].update(image_size=64), "record-counts"),
+        (lambda v: v["data"]["images"].update(attacked=10**12), "record-counts"),
+        (lambda v: v["data"]["images"].update(train=5), "record-facts"),
+        (lambda v: v["data"].update(left_out={"train": -5}), "record-facts"),
+        (lambda v: v.update(near_copies={"train": -3}), "record-facts"),
+        (lambda v: v.update(judge=None), "record-facts"),
+        (lambda v: v["judge"].update(trained_on="private"), "record-facts"),
+        (lambda v: v["judge"].update(accuracy=0.7501), "record-facts"),
+        (lambda v: v["judge"].update(gallery=2), "record-facts"),
+        (lambda v: v["cost"].update(bytes_up=1), "record-facts"),
+        (lambda v: v["information"][0].update(value=1.0, ci_low=2.0, n=5), "record-facts"),
+        (lambda v: v["information"][0].update(n=-5), "record-facts"),
+        (lambda v: v["distribution"].pop(0), "record-facts"),
+        (lambda v: v["utility"].pop(0), "record-facts"),
+        (lambda v: v["backbone"].update(name="vit"), "record-ranked"),
+        (lambda v: v["protocol"]["values"].update(judge=None), "record-ranked"),
+        (lambda v: v["adversary"].update(corrupted=[7]), "record-adversary"),
+        (lambda v: v.update(format_version=3, data=None), "record-counts"),
         (lambda v: v["data"]["images"].update(private=5), "record-counts"),
     ],
 )
@@ -251,3 +316,22 @@ def test_values_that_nobody_measures_are_a_warning(run):
     lines = [one.found for one in check_run(folder) if one.check == "record-plausible"]
     assert any("scores: ssim is 0.25 for every image" in line for line in lines)
     assert any("permuted: psnr are rounded" in line for line in lines)
+
+
+def test_the_controls_of_a_suite_are_the_worst_of_its_attacks_own(honest):
+    folder = honest(RANKED)
+    table, record = pd.read_parquet(folder / "per_image.parquet"), read_record(folder)
+    listed = [SuitePart(attack="decoder", scores=record.scores)]
+    part = Run(folder, record, table, None, None, None)
+    whole = replace(part, record=record.model_copy(update={"suite": listed}))
+    assert list(of_parts(whole, {"decoder": part})) == []
+    inflated = replace(whole, table=table.assign(undefended_psnr=table["undefended_psnr"] + 1))
+    (problem,) = of_parts(inflated, {"decoder": part})
+    assert problem.text.startswith("undefended: psnr of 128 images is not the worst")
+    suite = record.attack.model_copy(update={"name": "suite"})
+    left_out = [*listed, SuitePart(attack="linear", reason="too strong")]
+    fewer = record.model_copy(update={"suite": left_out, "attack": suite})
+    told = list(of_parts(replace(part, record=fewer), {"decoder": part}))
+    assert "gradient-warm" in told[0].text
+    assert told[0].verdict is Verdict.FAILED
+    assert told[1].text == "linear is said not to apply: too strong"
