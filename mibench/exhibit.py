@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol as Interface
@@ -19,6 +20,8 @@ from mibench.protocol import Protocol
 from mibench.record import JudgeFacts
 from mibench.task import Task
 
+KEPT = 64
+"""Batches of images whose features a witness remembers."""
 TIE = 1e-6
 """Difference of two cosines below which a judge cannot tell two images apart."""
 
@@ -65,6 +68,7 @@ class Witness:
             distinct.setdefault(name, at)
         self._places = {name: place for place, name in enumerate(distinct)}
         self._known = known.at(torch.tensor(list(distinct.values())))
+        self._remembered: dict[bytes, Tensor] = {}
 
     def told(self, images: Tensor, originals: Tensor) -> Tensor:
         """How much of each original's label the judge tells from the image, (N,) in [0, 1]."""
@@ -79,7 +83,7 @@ class Witness:
         """
         self.require_gallery()
         place = self._placed(originals)[:, None]
-        likeness = normalize(self._seer.embed(images)) @ self._gallery.T
+        likeness = self._features(images) @ self._gallery.T
         ahead = likeness - likeness.gather(1, place)
         alike = ahead.abs() <= TIE
         alike.scatter_(1, place, value=False)
@@ -102,6 +106,15 @@ class Witness:
     @cached_property
     def _gallery(self) -> Tensor:
         return normalize(torch.cat([self._seer.embed(part) for part in self._known.chunks()]))
+
+    def _features(self, images: Tensor) -> Tensor:
+        """Features (N, D) of unit length. Several metrics ask for those of the same images."""
+        key = hashlib.sha256(images.detach().cpu().contiguous().numpy().tobytes()).digest()
+        if key not in self._remembered:
+            if len(self._remembered) == KEPT:
+                del self._remembered[next(iter(self._remembered))]
+            self._remembered[key] = normalize(self._seer.embed(images))
+        return self._remembered[key]
 
     def _placed(self, originals: Tensor) -> Tensor:
         pixels = (originals.detach().cpu() * 255).round().to(torch.uint8)

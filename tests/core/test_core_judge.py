@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_core_evaluate import protocol as plain
 
+from mibench import exhibit
 from mibench.artifacts import ArtifactStore
 from mibench.controls import best_guess, blind_guesses
 from mibench.data.roles import load_roles
@@ -264,3 +265,20 @@ def test_a_record_has_judged_scores_with_controls_and_leakage(store, tmp_path):
     part = result.parts["linear"].record
     assert [one.source for one in part.distribution] == ["attack"] * 2 + ["undefended"] * 2
     assert part.judge == record.judge
+
+
+def test_features_are_computed_once_for_all_metrics_and_never_mistaken(case, monkeypatch):
+    witness, asked = case.attacked.witness, []
+    kind = type(witness._seer)
+    embed = kind.embed
+    monkeypatch.setattr(exhibit, "KEPT", 2)
+    monkeypatch.setattr(witness, "_remembered", {})
+    monkeypatch.setattr(kind, "embed", lambda self, x: asked.append(len(x)) or embed(self, x))
+    originals = case.attacked.originals
+    sets = [originals, originals.flip(0), originals.flip(3), originals]
+    found = [score(JUDGED[1:], images, case.attacked, 0) for images in sets]
+    # Four sets, one batch each; the first was forgotten when it came again.
+    assert len(asked) == 4
+    assert found[0].per_image["reid-mrr"].tolist() == [1.0] * len(originals)
+    assert found[1].per_image["reid-mrr"].mean() < 1
+    assert all(found[0].per_image[k].equal(found[3].per_image[k]) for k in JUDGED[1:])
