@@ -30,7 +30,9 @@ def obtain(metric: str, whose: str, url: str, sha256: str) -> Path:
     """
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / url.rsplit("/", 1)[-1]
-    advice = f"download {url} elsewhere and put it in {folder}, or leave {metric} out"
+    # A record keeps this, and must not tell whose home it was.
+    shown = f"~/{folder.relative_to(Path.home())}" if folder.is_relative_to(Path.home()) else folder
+    advice = f"download {url} elsewhere and put it in {shown}, or leave {metric} out"
     try:
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)

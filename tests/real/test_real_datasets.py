@@ -35,6 +35,7 @@ def short(protocol, recipe, folder):
         values["data"][role]["identity"] = None
     values["attacks"] = {"decoder": {"steps": 100, "batch": 32}}
     values["metrics"] = {"psnr": 1, "ssim": 1}
+    values["judge"] = None
     path = folder / "short.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
