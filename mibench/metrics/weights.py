@@ -41,7 +41,7 @@ def obtain(metric: str, whose: str, url: str, sha256: str) -> Path:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if not digest.startswith(sha256):
             raise UnavailableError(
-                f"{metric}: {path} is not the official {whose} (its SHA-256 begins with "
+                f"{metric}: {shown}/{path.name} is not the official {whose} (its SHA-256 begins with "
                 f"{digest[:8]}, not {sha256}); delete it and {advice}"
             )
         torch.load(path, map_location="cpu", weights_only=True)
