@@ -41,8 +41,8 @@ def obtain(metric: str, whose: str, url: str, sha256: str) -> Path:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if not digest.startswith(sha256):
             raise UnavailableError(
-                f"{metric}: {shown}/{path.name} is not the official {whose} (its SHA-256 begins with "
-                f"{digest[:8]}, not {sha256}); delete it and {advice}"
+                f"{metric}: {shown}/{path.name} is not the official {whose} (its SHA-256 begins "
+                f"with {digest[:8]}, not {sha256}); delete it and {advice}"
             )
         torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, http.client.HTTPException, pickle.UnpicklingError) as error:
