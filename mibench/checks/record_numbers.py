@@ -448,6 +448,11 @@ def _read(run: Run, paths: Sequence[Path], count: int) -> Tensor | None:
 # --- plausible -----------------------------------------------------------------------------------
 
 
+def _telling(values: Tensor) -> bool:
+    """Whether values differ at all: two columns of zeros are equal by no accident."""
+    return bool((values != values[0]).any())
+
+
 def plausible(run: Run) -> Iterator[Problem]:
     """Values that are possible and that no honest run is likely to give."""
     for place, score in run.placed_scores():
@@ -459,7 +464,7 @@ def plausible(run: Run) -> Iterator[Problem]:
             bare = run.record.defense.name == "none" and {one, other} == {
                 score.metric, f"undefended_{score.metric}"
             }  # fmt: skip
-            if a is not None and b is not None and len(a) > 1 and torch.equal(a, b) and not bare:
+            if a is not None and b is not None and _telling(a) and torch.equal(a, b) and not bare:
                 yield Problem(f"{one} and {other} are the same for every image", Verdict.WARNED)
     revision = run.record.provenance.get("revision")
     if isinstance(revision, dict) and revision.get("dirty"):
@@ -487,4 +492,6 @@ def _unlikely(run: Run, place: str, score: Score) -> Iterator[Problem]:
 def _too_round(values: Tensor) -> bool:
     """Whether measured numbers have so few digits that somebody wrote them."""
     whole = bool((values == values.round()).all())  # ranks and counts
+    ranks = 1 / values
+    whole = whole or bool((ranks - ranks.round()).abs().max() < 1e-9)  # reciprocal ranks
     return not whole and bool(((values * 1000) - (values * 1000).round()).abs().max() < 1e-9)
