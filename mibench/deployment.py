@@ -94,7 +94,7 @@ def fit(job: Job, roles: Roles, store: ArtifactStore, device: str) -> Deployed:
             facts = learner.fit(roles.train, job.protocol.recipe, seed, checkpoint)
             canonical_json(facts)
         # Of a training that was interrupted, nobody has measured the whole.
-        seconds = None if resumed else round(time.perf_counter() - began, 1)
+        seconds = None if resumed else round(time.perf_counter() - began, 3)
         return learner.state_dict(), {**facts, TRAINING_SECONDS: seconds}
 
     made_of = _made_of(learner, job)
