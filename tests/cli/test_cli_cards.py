@@ -10,7 +10,6 @@ from mibench.errors import InvalidParamsError
 from mibench.evaluate import OVER_BUDGET
 from mibench.params import build
 from mibench.protocol import load_protocol, released
-from mibench.record import read_record
 from mibench.registry import attacks, defenses
 
 BASELINES = Path(__file__).parents[2] / "baselines"
@@ -54,45 +53,6 @@ def test_measurements_belong_to_the_released_protocols(path):
     for row in load_card(path).measured:
         assert load_protocol(row.protocol).content_id == row.content
         assert row.psnr.low <= row.psnr.value <= row.psnr.high
-
-
-def test_the_readme_shows_the_rows_of_the_cards():
-    shown = (BASELINES.parent / "README.md").read_text(encoding="utf-8")
-    shown = shown[shown.index("## First results") :].partition("\n### What")[0]
-    rows = [line for line in shown.splitlines() if line.startswith("| `")]
-    cards = (BASELINES / "README.md").read_text(encoding="utf-8").splitlines()
-    assert rows
-    assert [row for row in rows if row not in cards] == []
-
-
-def row_of(record):
-    """What the README shows of a record, cell by cell."""
-    scores, leakage, told, utility = (
-        {score.metric: score for score in part}
-        for part in (record.scores, record.leakage, record.information, record.utility)
-    )
-    found = scores["reid-top1"]
-    return [
-        f"`{record.defense.name}`",
-        f"`{record.attack.name}`",
-        f"{100 * utility['accuracy'].value:.1f} %",
-        f"{scores['psnr'].value:.1f} / {scores['ssim'].value:.2f}",
-        f"{leakage['leakage(ssim)'].value:.2f}",
-        f"{scores['recognition'].value:.2f}",
-        f"{found.value:.2f} ({found.ci_low:.2f} to {found.ci_high:.2f})",
-        f"{leakage['leakage(reid-top1)'].value:.2f}",
-        f"{told['mine'].value:.1f}",
-    ]
-
-
-def test_what_reconstructions_show_is_what_the_records_say():
-    shown = (BASELINES.parent / "README.md").read_text(encoding="utf-8")
-    shown = shown[shown.index("### What the reconstructions show") :].partition("\n## ")[0]
-    rows = [line for line in shown.splitlines() if line.startswith("| `")]
-    records = [read_record(path) for path in (BASELINES / "records").glob("*.json")]
-    assert all(record.protocol.ranked for record in records)
-    wanted = {tuple(row_of(record)) for record in records}
-    assert {tuple(cell.strip() for cell in row.strip("| ").split("|")) for row in rows} == wanted
 
 
 def test_the_page_is_what_the_cards_give():
