@@ -186,8 +186,10 @@ def _facts(section: Section) -> list[tuple[str, str]]:
     values = section.protocol.values
     told = [("protocol", f"{section.protocol.id} ({section.protocol.content})")]
     told += [("track", section.protocol.track), ("backbone", section.backbone)]
+    adversary = values.get("adversary")
+    if isinstance(adversary, dict):
+        told.append(("adversary", words.setting(adversary)))
     if section.rows:
-        told.append(("adversary", view.adversary(section.rows[0])))
         images = section.rows[0].headline[0].record.data
         if images is not None and "attacked" in images.images:
             told.append(("attacked images", words.number(images.images["attacked"], 0)))

@@ -188,7 +188,7 @@ def tradeoff(section: Section, metric: str, named: str) -> Plot | None:
         if row.pareto
     )
     if len(front) > 1 and metric == FRONT:
-        lines.append(Line(_points(front), "front"))
+        lines.append(Line(_points(_steps(front)), "front"))
     marks = [_row_mark(row, _leakage(row, metric), named, across, up) for row in shown]
     order = sorted(range(len(marks)), key=lambda at: _importance(shown[at], at))
     return Plot(
@@ -196,7 +196,7 @@ def tradeoff(section: Section, metric: str, named: str) -> Plot | None:
         across="accuracy, %",
         up=f"leakage ({named})",
         x_ticks=across.ticks(factor=100),
-        y_ticks=up.ticks(5, digits=1),
+        y_ticks=up.ticks(digits=1),
         levels=(
             Tick(coordinate(up.at(0.0)), "blind guess"),
             Tick(coordinate(up.at(1.0)), "no defense"),
@@ -304,6 +304,14 @@ def _points(points: Iterable[tuple[float, float]]) -> str:
     return " ".join(f"{coordinate(x)},{coordinate(y)}" for x, y in points)
 
 
+def _steps(front: Sequence[tuple[float, float]]) -> Iterable[tuple[float, float]]:
+    """The edge of what is reached: more accuracy costs the leakage of the next point at once."""
+    yield front[0]
+    for (x, _), (next_x, next_y) in itertools.pairwise(front):
+        yield x, next_y
+        yield next_x, next_y
+
+
 def _ends(scores: Iterable[Score]) -> list[float]:
     found = [(one.value, one.ci_low, one.ci_high) for one in scores]
     return [value for value in itertools.chain(*found) if value is not None]
@@ -401,7 +409,7 @@ def curves(
     return Plot(
         title=title, across=across, up=up,
         x_ticks=tuple(Tick(coordinate(axis.at(n)), place) for n, place in enumerate(places)),
-        y_ticks=height.ticks(5, digits=1),
+        y_ticks=height.ticks(digits=1),
         lines=tuple(lines), marks=tuple(marks), legend=tuple(legend),
     )  # fmt: skip
 

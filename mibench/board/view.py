@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic import JsonValue
 
@@ -29,14 +29,16 @@ class Cell:
     Attributes:
         text: what stands there, or a dash.
         note: smaller, below: an interval.
-        why: why there is a dash; told on hover and on the row's page.
+        why: why there is a dash, or whose the ``more`` is; told on hover and on the row's page.
         value: what the column is sorted by: a number for the script, or words; empty for none.
+        more: below the note, a second value.
     """
 
     text: str
     note: str = ""
     why: str = ""
     value: str = ""
+    more: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def _rank(row: Row) -> Cell:
     if row.rank is None:
         return Cell(words.DASH, why="; ".join(row.reasons) or "not ranked")
     best, worst = row.rank
-    text = str(best) if best == worst else f"{best} to {worst}"
+    text = str(best) if best == worst else f"{best}–{worst}"
     return Cell(text, value=words.sortable(best + worst / 1000))
 
 
@@ -84,9 +86,7 @@ def _accuracy(row: Row) -> Cell:
     if len(row.headline) == 1:
         found = words.found(row.headline[0].record.utility, "accuracy")
         if found is not None and found.ci_low is not None and found.ci_high is not None:
-            note = (
-                f"{words.number(100 * found.ci_low, 1)} to {words.number(100 * found.ci_high, 1)}"
-            )
+            note = words.between(100 * found.ci_low, 100 * found.ci_high, 1)
     return Cell(words.number(100 * row.accuracy, 1), note, value=words.sortable(row.accuracy))
 
 
@@ -101,8 +101,8 @@ def _leaked(metric: str) -> Callable[[Row], Cell]:
         known = words.found(best.leakage, metric) if best else None
         if best is None or known is None or known.value is None:
             return made
-        note = f"{made.note} · best known {words.of(known)}".removeprefix(" · ")
-        return Cell(made.text, note, f"best known attack by {best.by}", made.value)
+        why = f"{words.of(known)}: best known attack, by {best.by}"
+        return replace(made, why=why, more=f"known {words.of(known)}")
 
     return cell
 
@@ -128,9 +128,8 @@ def _sent(row: Row) -> Cell:
 
 
 def _seeds(row: Row) -> Cell:
-    seeds = [one.record.seed for one in row.headline]
-    note = f"no. {', '.join(map(str, seeds))}"
-    return Cell(str(len(seeds)), note, value=words.sortable(len(seeds)))
+    count = len(row.headline)
+    return Cell(str(count), value=words.sortable(count))
 
 
 COLUMNS = (
