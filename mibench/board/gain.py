@@ -93,18 +93,29 @@ def nothing(like: Score, reason: str | None) -> Score:
 
 
 def curve(one: Compared, sign: float) -> list[tuple[float, float]]:
-    """Accuracy and leakage of the points of noise and of the undefended end, by accuracy."""
+    """Accuracy and leakage of the points of noise and of the undefended end, by accuracy.
+
+    Equally accurate points become their mean.
+
+    Args:
+        one: what one seed gives.
+        sign: 1 where a higher value of the metric means more leakage, else -1.
+    """
     span = float((one.undefended - one.floor).mean()) * sign
-    leaks = [(at, float((values - one.floor).mean()) * sign / span) for at, values in one.points]
-    return _ordered([*leaks, (one.undefended_accuracy, 1.0)])
+    leaks = [float((values - one.floor).mean()) * sign / span for _, values in one.points]
+    accuracies, shares = _ordered(one, torch.tensor([[*leaks, 1.0]], dtype=torch.float64))
+    return list(zip(accuracies.tolist(), shares[0].tolist(), strict=True))
 
 
-def _ordered(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """By accuracy; equally accurate points become their mean."""
-    together: dict[float, list[float]] = {}
-    for at, leak in points:
-        together.setdefault(at, []).append(leak)
-    return [(at, sum(leaks) / len(leaks)) for at, leaks in sorted(together.items())]
+def _ordered(one: Compared, leaks: Tensor) -> tuple[Tensor, Tensor]:
+    """Sorts leakages (R, points, then the undefended end) by accuracy: (K,) and (R, K)."""
+    given = [*(at for at, _ in one.points), one.undefended_accuracy]
+    accuracies = sorted(set(given))
+    columns = [
+        leaks[:, [at for at, accuracy in enumerate(given) if accuracy == wanted]].mean(1)
+        for wanted in accuracies
+    ]
+    return torch.tensor(accuracies, dtype=torch.float64), torch.stack(columns, 1)
 
 
 def _one(one: Compared, like: Score, draws: int, seed: int) -> tuple[float, Tensor] | str:
@@ -113,35 +124,36 @@ def _one(one: Compared, like: Score, draws: int, seed: int) -> tuple[float, Tens
     columns = sign * torch.stack(
         [values - one.floor for values in (one.row, one.undefended, *(v for _, v in one.points))], 1
     )
-    means = columns.mean(0)
     resampled = resampled_means(columns, seed, RESAMPLES)
     low, high = percentiles(resampled[:, 1])
-    if float(means[1]) <= (high - low) / 2:
+    row, span = (float(mean) for mean in columns[:, :2].mean(0))
+    if span <= (high - low) / 2:
         return "the undefended split is not above the floor"
-    accuracies = [at for at, _ in one.points]
     noise = rules.on_curve(curve(one, sign), one.accuracy.value)
     if noise is None:
+        last = min(at for at, _ in one.points)
         return (
             f"an accuracy of {100 * one.accuracy.value:.1f} % lies below the last point of the "
-            f"noise curve, {100 * min(accuracies):.1f} %"
+            f"noise curve, {100 * last:.1f} %"
         )
-    value = noise - float(means[0] / means[1])
+    value = noise - row / span
+    # A resample in which the undefended split is not above the floor has no share.
+    shares = resampled[resampled[:, 1] > 0]
+    shares = shares / shares[:, 1:2]
+    accuracies, leaks = _ordered(one, torch.cat([shares[:, 2:], shares[:, 1:2]], 1))
     generator = torch.Generator().manual_seed(draws)
-    moved = torch.randn(RESAMPLES, generator=generator, dtype=torch.float64)
-    ends = [*accuracies, one.undefended_accuracy]
-    moved = (one.accuracy.value + one.accuracy.error * moved).clamp(min(ends), max(ends))
-    usable = resampled[:, 1] > 0
-    shares = resampled / resampled[:, 1:2]
-    gains = [
-        _at([*zip(accuracies, line[2:], strict=True), (one.undefended_accuracy, 1.0)], at) - line[0]
-        for line, at, fine in zip(shares.tolist(), moved.tolist(), usable.tolist(), strict=True)
-        if fine
-    ]
-    padded = gains + [value] * (RESAMPLES - len(gains))
-    return value, torch.tensor(padded, dtype=torch.float64)
+    moved = torch.randn(len(shares), generator=generator, dtype=torch.float64)
+    moved = one.accuracy.value + one.accuracy.error * moved
+    gains = _along(accuracies, leaks, moved.clamp(accuracies[0], accuracies[-1])) - shares[:, 0]
+    return value, torch.cat([gains, gains.new_full((RESAMPLES - len(gains),), value)])
 
 
-def _at(points: Sequence[tuple[float, float]], accuracy: float) -> float:
-    found = rules.on_curve(_ordered(points), accuracy)
-    assert found is not None, "the accuracy was moved inside the curve"
-    return found
+def _along(accuracies: Tensor, leaks: Tensor, at: Tensor) -> Tensor:
+    """`rules.on_curve` for many curves (R, K) at once, each at its own accuracy (R,)."""
+    right = torch.searchsorted(accuracies, at).clamp(1, max(1, len(accuracies) - 1))
+    if len(accuracies) == 1:
+        return leaks[:, 0]
+    left = right - 1
+    share = (at - accuracies[left]) / (accuracies[right] - accuracies[left])
+    lower, upper = (leaks.gather(1, one[:, None])[:, 0] for one in (left, right))
+    return lower + share * (upper - lower)
