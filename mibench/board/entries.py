@@ -334,8 +334,12 @@ def add(
 
     store = ArtifactStore() if store is None else store
     record = read_record(run)
+    procedural = record.data is not None and record.data.dataset == "procedural"
+    at_hand = procedural or data_root is not None
     if layout.record_folder(root, record.id).exists():
         entry = read_entry(root, record.id)
+        if entry.gallery is None and at_hand:
+            entry = _with_gallery(root, entry, _drawn(run, record, data_root, store))
     else:
         lines = check_lines(check_run(run))
         failed = [f"{one.check}: {one.found}" for one in lines if one.verdict == "failed"]
@@ -351,8 +355,7 @@ def add(
             verifications=[verification(Level.CLAIMED, lines)],
         )
         _put(run, root, record, entry, None if isinstance(drawn, str) else drawn[0])
-    procedural = record.data is not None and record.data.dataset == "procedural"
-    if entry.level is Level.CLAIMED and (data_root is not None or procedural):
+    if entry.level is Level.CLAIMED and at_hand:
         entry = verified(root, record.id, rescored(run, record, store, data_root))
     return entry
 
@@ -367,10 +370,8 @@ def verified(root: Path, record: str, verification: Verification) -> Entry:
     entry = read_entry(root, record)
     if verification in entry.verifications:
         return entry
-    entry = entry.model_copy(update={"verifications": [*entry.verifications, verification]})
-    path = layout.record_folder(root, record) / layout.ENTRY
-    write_atomically(path, pretty_json(entry.model_dump(mode="json")))
-    return entry
+    verifications = [*entry.verifications, verification]
+    return _write(root, entry.model_copy(update={"verifications": verifications}))
 
 
 def verification(level: Level, checks: list[CheckLine]) -> Verification:
@@ -395,7 +396,22 @@ def _drawn(
     from mibench.checks.record_run import Run
 
     images = attacked_images(Run(run, record, None, None, data_root, store.root))
-    return images if isinstance(images, str) else gallery.draw(run, record, images)
+    return gallery.draw(run, record, None if isinstance(images, str) else images.numpy())
+
+
+def _with_gallery(root: Path, entry: Entry, drawn: tuple[bytes, Gallery] | str) -> Entry:
+    """Adds the picture that an entry lacks; the entry is written last."""
+    if isinstance(drawn, str):
+        return entry
+    folder = layout.record_folder(root, entry.record)
+    write_atomically(folder / layout.GALLERY, drawn[0])
+    return _write(root, entry.model_copy(update={"gallery": drawn[1], "gallery_reason": None}))
+
+
+def _write(root: Path, entry: Entry) -> Entry:
+    path = layout.record_folder(root, entry.record) / layout.ENTRY
+    write_atomically(path, pretty_json(entry.model_dump(mode="json")))
+    return entry
 
 
 def _put(run: Path, root: Path, record: Record, entry: Entry, picture: bytes | None) -> None:

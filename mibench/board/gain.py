@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,33 +45,34 @@ class Compared:
     points: tuple[tuple[float, Tensor], ...]
 
 
-def gain(seeds: Sequence[Compared], like: Score, seed: int, source: str) -> Score:
-    """Noise's leakage less the row's, mean over seeds.
+def gain(seeds: Mapping[int, Compared], like: Score, seed: int, attack: str) -> Score:
+    """Noise's leakage less the row's, mean over the seeds that have one.
 
     Images are resampled, the same ones for row, noise, floor and undefended split, for all of them
     attack the same images. In each resample the row's accuracy is moved by a normal draw of its
     own standard error, so that the interval covers where on the curve the row belongs.
 
     Args:
-        seeds: one or more.
+        seeds: what each seed gives, one or more.
         like: a score of the metric; gives name, version and direction.
         seed: of the draws.
-        source: against what.
+        attack: that both met.
     """
-    parts = [_one(one, like, seeding.derive(seed, f"gain {at}"), seed)
-             for at, one in enumerate(seeds)]  # fmt: skip
-    told = [one for one in parts if not isinstance(one, str)]
+    parts = {
+        at: _one(one, like, seeding.derive(seed, f"gain {at}"), seed) for at, one in seeds.items()
+    }
+    told = {at: one for at, one in parts.items() if not isinstance(one, str)}
     if not told:
-        return nothing(like, next(one for one in parts if isinstance(one, str)))
-    value = sum(one for one, _ in told) / len(told)
-    low, high = percentiles(torch.stack([draws for _, draws in told]).mean(0))
+        return nothing(like, next(one for one in parts.values() if isinstance(one, str)))
+    value = sum(one for one, _ in told.values()) / len(told)
+    low, high = percentiles(torch.stack([draws for _, draws in told.values()]).mean(0))
     return nothing(like, None).model_copy(
         update={
             "value": value,
             "ci_low": min(low, value),
             "ci_high": max(high, value),
-            "n": len(seeds[0].row),
-            "source": source,
+            "n": len(next(iter(seeds.values())).row),
+            "source": f"both attacked with {attack}, seed {', '.join(map(str, told))}",
             "reason": None,
         }
     )
