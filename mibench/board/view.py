@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ NAMES = {
 }  # fmt: skip
 """What metrics are called on the pages."""
 UNSCORED = "not scored under this protocol"
+UNKNOWN = "the record has no accuracy"
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def score_cell(score: Score | None, why: str = UNSCORED) -> Cell:
 
 def _rank(row: Row) -> Cell:
     if row.rank is None:
-        return Cell(words.DASH, why="; ".join(row.reasons) or "not ranked")
+        return Cell(words.DASH, why=" ".join(row.reasons) or "not ranked")
     best, worst = row.rank
     text = str(best) if best == worst else f"{best}–{worst}"
     return Cell(text, value=words.sortable(best + worst / 1000))
@@ -87,7 +89,15 @@ def _accuracy(row: Row) -> Cell:
         found = words.found(row.headline[0].record.utility, "accuracy")
         if found is not None and found.ci_low is not None and found.ci_high is not None:
             note = words.between(100 * found.ci_low, 100 * found.ci_high, 1)
+    if math.isnan(row.accuracy):
+        return Cell(words.DASH, why=UNKNOWN)
     return Cell(words.number(100 * row.accuracy, 1), note, value=words.sortable(row.accuracy))
+
+
+def _lost(row: Row) -> Cell:
+    if math.isnan(row.drop):
+        return Cell(words.DASH, why=UNKNOWN)
+    return Cell(words.number(row.drop, 1), value=words.sortable(row.drop))
 
 
 def _scored(metric: str) -> Callable[[Row], Cell]:
@@ -133,7 +143,7 @@ def _seeds(row: Row) -> Cell:
 
 
 COLUMNS = (
-    Column("rank", "Rank", "", "Place by leakage among the ranked rows of this protocol. A range "
+    Column("rank", "Rank", "", "Place by the larger leakage among the ranked rows of this protocol. A range "
            "where intervals overlap: those rows cannot be told apart.", _rank),
     Column("defense", "Defense", "", "Name, and the parameters that differ from its defaults. "
            "Leads to its page.", lambda row: Cell(row.label, value=row.label), text=True),
@@ -144,8 +154,7 @@ COLUMNS = (
            "rightly, with the defense on. Below it the 95 % interval.", _accuracy,
            descending=True),
     Column("drop", "Lost", "Task, %", "Points of accuracy lost against the undefended model of "
-           "the same run. More than 3 take the rank.",
-           lambda row: Cell(words.number(row.drop, 1), value=words.sortable(row.drop))),
+           "the same run. More than 3 take the rank.", _lost),
     Column("ssim", "SSIM", "Worst case over attacks", "Structural similarity of original and "
            "reconstruction, of the worst attack for each image. Higher: more has leaked.",
            _scored("ssim")),
