@@ -111,7 +111,7 @@ def test_a_folder_under_another_id_is_refused(root, entry):
 def test_broken_entries_are_named_with_the_field(root, entry):
     edit(entry / layout.ENTRY, extra=1)
     assert f"{entry / layout.ENTRY}: " in refused(root)
-    assert "'extra'" in refused(root)
+    assert "entry.extra" in refused(root)
 
 
 def test_all_problems_are_told_at_once(root, entry):

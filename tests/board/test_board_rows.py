@@ -200,7 +200,8 @@ def test_gain_is_held_against_the_same_attack_at_the_same_accuracy(root):
     put(root, *summed(values, table))
     section = only(root)
     row = next(one for one in section.rows if one.label == "vib")
-    # Noise leaks 0.6 there, and decoder alone 0.25 behind vib; the suite got more, and noise met none.
+    # Noise leaks 0.6 there, and decoder alone 0.25 behind vib; the suite, which got more, met no
+    # noise.
     assert row.gain["ssim"].value == pytest.approx(0.35, abs=1e-6)
     assert row.gain["ssim"].ci_low < 0.35 < row.gain["ssim"].ci_high
     assert row.gain["ssim"].source == "both attacked with decoder, seed 0"
