@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic import JsonValue
 
@@ -20,6 +21,7 @@ NAMES = {
 }  # fmt: skip
 """What metrics are called on the pages."""
 UNSCORED = "not scored under this protocol"
+UNKNOWN = "the record has no accuracy"
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,16 @@ class Cell:
     Attributes:
         text: what stands there, or a dash.
         note: smaller, below: an interval.
-        why: why there is a dash; told on hover and on the row's page.
+        why: why there is a dash, or whose the ``more`` is; told on hover and on the row's page.
         value: what the column is sorted by: a number for the script, or words; empty for none.
+        more: below the note, a second value.
     """
 
     text: str
     note: str = ""
     why: str = ""
     value: str = ""
+    more: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,9 +77,9 @@ def score_cell(score: Score | None, why: str = UNSCORED) -> Cell:
 
 def _rank(row: Row) -> Cell:
     if row.rank is None:
-        return Cell(words.DASH, why="; ".join(row.reasons) or "not ranked")
+        return Cell(words.DASH, why=" ".join(row.reasons) or "not ranked")
     best, worst = row.rank
-    text = str(best) if best == worst else f"{best} to {worst}"
+    text = str(best) if best == worst else f"{best}–{worst}"
     return Cell(text, value=words.sortable(best + worst / 1000))
 
 
@@ -84,10 +88,16 @@ def _accuracy(row: Row) -> Cell:
     if len(row.headline) == 1:
         found = words.found(row.headline[0].record.utility, "accuracy")
         if found is not None and found.ci_low is not None and found.ci_high is not None:
-            note = (
-                f"{words.number(100 * found.ci_low, 1)} to {words.number(100 * found.ci_high, 1)}"
-            )
+            note = words.between(100 * found.ci_low, 100 * found.ci_high, 1)
+    if math.isnan(row.accuracy):
+        return Cell(words.DASH, why=UNKNOWN)
     return Cell(words.number(100 * row.accuracy, 1), note, value=words.sortable(row.accuracy))
+
+
+def _lost(row: Row) -> Cell:
+    if math.isnan(row.drop):
+        return Cell(words.DASH, why=UNKNOWN)
+    return Cell(words.number(row.drop, 1), value=words.sortable(row.drop))
 
 
 def _scored(metric: str) -> Callable[[Row], Cell]:
@@ -101,8 +111,8 @@ def _leaked(metric: str) -> Callable[[Row], Cell]:
         known = words.found(best.leakage, metric) if best else None
         if best is None or known is None or known.value is None:
             return made
-        note = f"{made.note} · best known {words.of(known)}".removeprefix(" · ")
-        return Cell(made.text, note, f"best known attack by {best.by}", made.value)
+        why = f"{words.of(known)}: best known attack, by {best.by}"
+        return replace(made, why=why, more=f"known {words.of(known)}")
 
     return cell
 
@@ -128,13 +138,12 @@ def _sent(row: Row) -> Cell:
 
 
 def _seeds(row: Row) -> Cell:
-    seeds = [one.record.seed for one in row.headline]
-    note = f"no. {', '.join(map(str, seeds))}"
-    return Cell(str(len(seeds)), note, value=words.sortable(len(seeds)))
+    count = len(row.headline)
+    return Cell(str(count), value=words.sortable(count))
 
 
 COLUMNS = (
-    Column("rank", "Rank", "", "Place by leakage among the ranked rows of this protocol. A range "
+    Column("rank", "Rank", "", "Place by the larger leakage among the ranked rows of this protocol. A range "
            "where intervals overlap: those rows cannot be told apart.", _rank),
     Column("defense", "Defense", "", "Name, and the parameters that differ from its defaults. "
            "Leads to its page.", lambda row: Cell(row.label, value=row.label), text=True),
@@ -145,8 +154,7 @@ COLUMNS = (
            "rightly, with the defense on. Below it the 95 % interval.", _accuracy,
            descending=True),
     Column("drop", "Lost", "Task, %", "Points of accuracy lost against the undefended model of "
-           "the same run. More than 3 take the rank.",
-           lambda row: Cell(words.number(row.drop, 1), value=words.sortable(row.drop))),
+           "the same run. More than 3 take the rank.", _lost),
     Column("ssim", "SSIM", "Worst case over attacks", "Structural similarity of original and "
            "reconstruction, of the worst attack for each image. Higher: more has leaked.",
            _scored("ssim")),

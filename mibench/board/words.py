@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from urllib.parse import urlsplit
+
+from pydantic import JsonValue
 
 from mibench.record import AdversaryFacts, Cost, Score
 
 DASH = "–"
 """Stands where there is no value; the reason is told beside it."""
-DIGITS = {"psnr": 1, "fid": 1, "mse": 4, "kid": 4}
+DIGITS = {"psnr": 1, "fid": 1, "mse": 4, "kid": 4, "volume": 0, "volume-coded": 0}
 """Decimals by metric; all others have two."""
 
 _ARXIV = re.compile(r"(?:arxiv:)?(\d{4}\.\d{4,5}(?:v\d+)?)", re.IGNORECASE)
@@ -17,10 +20,14 @@ _UNITS = (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")
 
 
 def number(value: float, digits: int = 2) -> str:
-    """A number with a fixed count of decimals, thousands set apart, and a real minus."""
+    """A number with a fixed count of decimals, thousands set apart, and a real minus.
+
+    What four decimals would show as nothing has one digit and its power of ten.
+    """
     text = f"{value:,.{digits}f}"
     if not text.strip("-0.,"):
-        text = text.lstrip("-")  # nothing is less than nothing
+        tiny = value and digits >= 4
+        text = f"{value:.0e}" if tiny else text.lstrip("-")  # nothing is less than nothing
     return text.replace("-", "−")
 
 
@@ -43,8 +50,13 @@ def interval(score: Score) -> str:
     """The 95 % interval of a score; empty where it has none."""
     if score.ci_low is None or score.ci_high is None:
         return ""
-    decimals = digits(score.metric)
-    return f"{number(score.ci_low, decimals)} to {number(score.ci_high, decimals)}"
+    return between(score.ci_low, score.ci_high, digits(score.metric))
+
+
+def between(low: float, high: float, digits: int) -> str:
+    """An interval: with a dash, or in words where a minus would be read as one."""
+    one, other = number(low, digits), number(high, digits)
+    return f"{one} to {other}" if "−" in one + other else f"{one}–{other}"
 
 
 def digits(metric: str) -> int:
@@ -62,7 +74,8 @@ def flops(count: int) -> str:
     """A count of operations."""
     for scale, letter in _UNITS:
         if count >= scale:
-            return f"{number(count / scale, 2)} {letter}FLOPs"
+            value = count / scale
+            return f"{number(value, 2 if value < 10 else 1 if value < 100 else 0)} {letter}FLOPs"
     return f"{count} FLOPs"
 
 
@@ -97,6 +110,15 @@ def adversary(facts: AdversaryFacts, cost: Cost | None) -> str:
         whose = {"training": "has the training images", "other": "has images of another dataset"}
         words.append(whose.get(facts.auxiliary, facts.auxiliary))
     return ", ".join(words)
+
+
+def setting(adversary: Mapping[str, JsonValue]) -> str:
+    """The adversary that a protocol fixes."""
+    size, sent = adversary.get("coalition", 1), adversary.get("transmissions", 1)
+    told = [str(adversary.get("knowledge", "")).replace("_", " ")]
+    told.append("reads one server" if size == 1 else f"reads {size} servers together")
+    told.append("each image sent once" if sent == 1 else f"each image sent {sent} times")
+    return ", ".join(told)
 
 
 def address(text: str) -> str | None:
