@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from mibench import __version__
 from mibench.cli import (
+    challenge,
     check,
     doctor,
     listing,
@@ -83,6 +84,7 @@ app.command("reproduce")(reproduce.reproduce)
 app.command("rescore")(rescore.rescore)
 app.add_typer(protocols.app, name="protocols")
 app.add_typer(prior.app, name="prior")
+app.add_typer(challenge.app, name="challenge")
 app.command("doctor")(doctor.doctor)
 
 
