@@ -167,13 +167,14 @@ def _print(console: Console, answer: Answer) -> None:
 
     best, record = answer.best, answer.record
     table = Table(
-        title=f"{best.by} against {record.defense.name}, {record.protocol.id}, seed {record.seed}",
+        title=f"{best.by} against {record.defense.name} ({record.protocol.id}, seed {record.seed}),"
+        f"\nbeside the record's {record.attack.name}; others: held against other originals",
         title_justify="left",
         pad_edge=False,
     )
-    for head in ("metric", "these images", "95 % interval", "against others", "leakage",
-                 f"record ({record.attack.name})", "more leaked"):  # fmt: skip
-        table.add_column(head, justify="left" if head == "metric" else "right")
+    table.add_column("metric", no_wrap=True)
+    for head in ("mean", "95 % interval", "others", "leakage", "record", "more leaked"):
+        table.add_column(head, justify="right", no_wrap=True)
     own = {one.metric: one.value for one in record.scores}
     ahead = answer.ahead()
     rows = zip(best.scores, best.permuted, best.leakage, strict=True)
@@ -190,8 +191,10 @@ def _print(console: Console, answer: Answer) -> None:
             said(own[one.metric]), "-" if change is None else f"{change:+.{digits}f}",
         )  # fmt: skip
     console.print(table)
-    for one in (*best.scores, *best.leakage):
-        if one.value is None:
-            console.print(f"No number for {one.metric}: {one.reason}", soft_wrap=True)
+    without = [one for one in best.scores if one.value is None]
+    missing = {f"leakage({one.metric})" for one in without}
+    without += [one for one in best.leakage if one.value is None and one.metric not in missing]
+    for one in without:
+        console.print(f"No number for {one.metric}: {one.reason}", soft_wrap=True)
     for finding in answer.findings:
         console.print(f"{finding.verdict}: {finding.check}: {finding.found}", soft_wrap=True)
