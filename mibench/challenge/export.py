@@ -17,6 +17,7 @@ from safetensors import torch as safetensors_torch
 from mibench import __version__
 from mibench.artifacts import ArtifactStore
 from mibench.assault import chosen_adversary, overheard
+from mibench.board import layout
 from mibench.challenge.grants import granted
 from mibench.challenge.readme import readme
 from mibench.challenge.schema import CHALLENGE, README, SHARES, WEIGHTS, Challenge, Message
@@ -30,8 +31,6 @@ from mibench.record import Component, ProtocolId, Record, read_record
 from mibench.registry import defenses
 from mibench.rescore import refuse_other_data
 
-RECORDS = "records"
-"""Folder of a board that holds its records."""
 STRENGTH = "leakage(ssim)"
 """Score by which, of several single attacks, the one that leaks most is taken."""
 
@@ -76,11 +75,7 @@ def export(
         StorageError: the folder holds something already, or cannot be written.
         MibenchError: see `load_roles` and `fit`.
     """
-    if job.defense == UNDEFENDED:
-        raise InvalidParamsError(
-            f"{UNDEFENDED} protects nothing: its shares would give away the images of all other "
-            "challenges of the protocol; name a defense"
-        )
+    defense = _protecting(job)
     if out.exists() and any(out.iterdir()):
         raise StorageError(f"{out} is not empty; choose another --out")
     record, protocol = belongs.record, job.protocol
@@ -119,7 +114,7 @@ def export(
             ranked=protocol.ranked,
             values=protocol.recorded(),
         ),
-        defense=_component(job),
+        defense=defense,
         seed=job.seed,
         adversary=facts,
         image_size=protocol.data.image_size,
@@ -152,50 +147,52 @@ def export(
     return challenge
 
 
-def record_of(job: Job, board: Path, given: Path | None) -> Belongs:
+def record_of(job: Job, root: Path, given: Path | None) -> Belongs:
     """Finds the record that a challenge of this job belongs to.
 
     Of several, it is that of the suite, else of the single attack that leaks most.
 
     Args:
         job: what is to be exported.
-        board: folder of the leaderboard's version, such as ``leaderboard/v1``.
+        root: folder of the leaderboard's version, such as ``leaderboard/v1``.
         given: the folder of a run, or of a record on the board, to use instead.
 
     Raises:
         RecordError: there is none, or the given one is of another job.
+        InvalidParamsError: nothing protects the images, or a parameter is wrong.
     """
+    wanted = _protecting(job)
     if given is not None:
         record = read_record(given)
-        if other := _difference(job, record):
+        if other := _difference(job, wanted, record):
             raise RecordError(f"{given} is not the record of this challenge: {other}")
         return Belongs(record.id, record, given if given.is_dir() else given.parent)
-    found = [one for one in _on(board) if _difference(job, one.record) is None]
+    found = [one for one in _on(root) if _difference(job, wanted, one.record) is None]
     replaced = {one.record.supersedes for one in found}
     found = [one for one in found if one.id not in replaced]
     if not found:
         raise RecordError(
-            f"no record on {board} is of defense {job.defense} with these parameters under "
+            f"no record in {root} is of defense {job.defense} with these parameters under "
             f"{job.protocol.id} with seed {job.seed}; add one first, or name a run with --record"
         )
     return max(found, key=lambda one: (bool(one.record.suite), _strength(one.record), one.id))
 
 
-def find_record(record: str, board: Path, given: Path | None) -> Belongs:
+def find_record(record: str, root: Path, given: Path | None) -> Belongs:
     """Finds a record by its id: on the board, or in the folder of a run.
 
     Raises:
         RecordError: it is not there.
     """
-    folder = board / RECORDS / record if given is None else given
+    folder = layout.record_folder(root, record) if given is None else given
     found = read_record(folder)
     if found.id != record:
         raise RecordError(f"{folder} holds the record {found.id}, and not {record}")
     return Belongs(record, found, folder if folder.is_dir() else folder.parent)
 
 
-def _on(board: Path) -> Iterable[Belongs]:
-    for path in sorted((board / RECORDS).glob("*/record.json")):
+def _on(root: Path) -> Iterable[Belongs]:
+    for path in sorted(layout.records(root).glob("*/record.json")):
         try:
             record = read_record(path)
         except MibenchError:  # the board's own check tells what is wrong with it
@@ -203,13 +200,12 @@ def _on(board: Path) -> Iterable[Belongs]:
         yield Belongs(record.id, record, path.parent)
 
 
-def _difference(job: Job, record: Record) -> str | None:
+def _difference(job: Job, wanted: Component, record: Record) -> str | None:
     """Names the first thing in which a record is of another job, or of none that counts."""
     if record.status != "success":
         return f"its run says {record.status!r}"
     if record.adversary is None or record.adversary.coalitions:
         return "not the coalition of the screening alone attacked in it"
-    wanted = _component(job)
     pairs: Mapping[str, tuple[object, object]] = {
         "the protocol's content": (job.protocol.content_id, record.protocol.content),
         "the defense": (wanted.name, record.defense.name),
@@ -224,7 +220,13 @@ def _difference(job: Job, record: Record) -> str | None:
     return None
 
 
-def _component(job: Job) -> Component:
+def _protecting(job: Job) -> Component:
+    """The job's defense, with all its parameters."""
+    if job.defense == UNDEFENDED:
+        raise InvalidParamsError(
+            f"{UNDEFENDED} protects nothing: its shares would give away the images of all other "
+            "challenges of the protocol; name a defense"
+        )
     return component_of(defenses.load(job.defense), job.defense, job.defense_params)
 
 

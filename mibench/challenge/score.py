@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from mibench.artifacts import ArtifactStore
-from mibench.board.model import BestKnown, CheckLine, Level, Origin
+from mibench.board import layout
+from mibench.board.entries import check_lines
+from mibench.board.model import BestKnown, Level, Origin
 from mibench.challenge.export import Belongs
 from mibench.challenge.pictures import read_reconstructions
 from mibench.challenge.schema import Challenge
@@ -30,9 +32,6 @@ from mibench.reproduce import protocol_of, values_beside
 from mibench.rescore import refuse_other_data
 from mibench.scoring import Scores, leakage_scores, score, summed_up, unavailable
 from mibench.strike import interval_seed
-
-BEST_KNOWN = "best-known"
-"""Folder of a board that holds what submitted attacks have reached."""
 
 
 @dataclass(frozen=True)
@@ -120,14 +119,12 @@ def score_answer(
         leakage=_leakage(found, floor, undefended, seed),
         challenge=challenge.id,
         reconstructions=digest,
-        checks=[
-            CheckLine(check=one.check, verdict=one.verdict, found=one.found) for one in findings
-        ],
+        checks=check_lines(findings),
     )
     return Answer(best, record, findings)
 
 
-def place_of(board: Path, name: str) -> Path:
+def place_of(root: Path, name: str) -> Path:
     """Returns where the answer of this name belongs.
 
     Raises:
@@ -139,7 +136,7 @@ def place_of(board: Path, name: str) -> Path:
         raise InvalidParamsError(
             f"--name {name!r}: letters, digits, and - _ . inside, such as better-decoder"
         )
-    path = board / BEST_KNOWN / f"{name}.json"
+    path = layout.best_known(root) / f"{name}.json"
     if path.exists():
         raise StorageError(f"{path} is there already; choose another --name, or remove it first")
     return path

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from mibench import __version__
 from mibench.cli import (
+    board,
     challenge,
     check,
     doctor,
@@ -84,6 +85,7 @@ app.command("reproduce")(reproduce.reproduce)
 app.command("rescore")(rescore.rescore)
 app.add_typer(protocols.app, name="protocols")
 app.add_typer(prior.app, name="prior")
+app.add_typer(board.app, name="board")
 app.add_typer(challenge.app, name="challenge")
 app.command("doctor")(doctor.doctor)
 

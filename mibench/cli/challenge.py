@@ -20,8 +20,8 @@ app = typer.Typer(
 )
 FOUND = 1
 """Exit status where the images cannot have come from the shares."""
-Board = Annotated[Path, typer.Option(help="Folder of the leaderboard's version.")]
-BOARD = Path("leaderboard/v1")
+Root = Annotated[Path, typer.Option(help="Folder of a version of the leaderboard.")]
+_ROOT = Path("leaderboard/v1")
 RecordFolder = Annotated[
     Path | None,
     typer.Option(
@@ -46,7 +46,7 @@ def export(
     seed: options.Seed = None,
     device: options.Device = "auto",
     data_root: options.DataRoot = None,
-    board: Board = BOARD,
+    root: Root = _ROOT,
     record: RecordFolder = None,
     weights: Annotated[
         Path | None,
@@ -67,6 +67,7 @@ def export(
         chosen = chosen.changed(given["protocol"])
     # From here on PyTorch is needed, which takes seconds to import.
     from mibench.artifacts import ArtifactStore
+    from mibench.board.gallery import refusal
     from mibench.challenge.export import export as write
     from mibench.challenge.export import record_of
     from mibench.challenge.opened import ANY_ATTACK
@@ -84,7 +85,7 @@ def export(
         seed=chosen.seeds[0] if seed is None else seed,
         weights=weights,
     )
-    belongs = record_of(job, board, record)
+    belongs = record_of(job, root, record)
     console = make_console()
     with shown(console):
         made = write(job, belongs, ArtifactStore(), data_root, device, out)
@@ -99,6 +100,11 @@ def export(
         soft_wrap=True,
     )
     console.print(f"Files: {out} (challenge.yaml, shares and weights, README.md)", soft_wrap=True)
+    if why := refusal(belongs.record):
+        console.print(
+            f"Do not publish this folder: {why}, and shares can be as good as images",
+            soft_wrap=True,
+        )
 
 
 @app.command("score")
@@ -112,7 +118,7 @@ def score(
     code: Annotated[str | None, typer.Option(help="Address of the attack's code.")] = None,
     device: options.Device = "auto",
     data_root: options.DataRoot = None,
-    board: Board = BOARD,
+    root: Root = _ROOT,
     record: RecordFolder = None,
 ) -> None:
     """Score the images that an attacker has sent back, and put them on the board with credit.
@@ -133,9 +139,9 @@ def score(
     from mibench.cli.devices import choose_device
     from mibench.cli.display import shown
 
-    place = place_of(board, name)
+    place = place_of(root, name)
     challenge = read_challenge(folder)
-    belongs = find_record(challenge.record, board, record)
+    belongs = find_record(challenge.record, root, record)
     origin = Origin(
         kind="submission",
         submission=name,
@@ -188,7 +194,7 @@ def _print(console: Console, answer: Answer) -> None:
         change = ahead.get(one.metric)
         table.add_row(
             one.metric.upper(), said(one.value), interval, said(other.value), said(leak.value, 3),
-            said(own[one.metric]), "-" if change is None else f"{change:+.{digits}f}",
+            said(own[one.metric]), "-" if change is None else f"{round(change, 9) + 0:+.{digits}f}",
         )  # fmt: skip
     console.print(table)
     without = [one for one in best.scores if one.value is None]
