@@ -131,7 +131,7 @@ def attack(
     """
     protocol = job.protocol
     _check_images(job, roles)
-    adversary, screening = _chosen_adversary(job, deployed, roles, store, device)
+    adversary, screening = chosen_adversary(job, deployed, roles, store, device)
     target = Target(deployed.defense, adversary, deployed.identity)
     method = attacks.load(job.attack)
     params = build(method.Params, job.merged_attack_params(), f"attack {job.attack}")
@@ -142,32 +142,58 @@ def attack(
         attacker = method(params, workshop)
         attacker.prepare(target, roles.auxiliary, roles.validation)
 
-    private = roles.attacked
-    # A stream of the users' own, which no attack draws from.
-    users = seeding.derive(job.seed, "users", deployed.weights)
-    with blaming(type(deployed.defense), "protect"):
-        raw = adversary.observes(lambda turn: _send(deployed, private, protocol.batch, users, turn))
-    broken, received = broken_messages(raw), mended(raw)
+    facts, received = overheard(job, deployed, roles, adversary, screening)
     return Assault(
         attacker=attacker,
-        adversary=AdversaryFacts(
-            knowledge=adversary.knowledge,
-            corrupted=list(adversary.corrupted),
-            transmissions=adversary.transmissions,
-            auxiliary=protocol.adversary.auxiliary,
-            screening=screening,
-            broken=broken,
-            coalitions=[] if job.coalition is None else [list(job.coalition)],
-        ),
+        adversary=facts,
         shares=received,
         spec={
             **attacker.spec_of(target, roles.auxiliary, roles.validation),
             "received": hash_tensors({str(at): share for at, share in enumerate(received)}),
             "batch": protocol.batch,
         },
-        image_shape=private.image_shape,
+        image_shape=roles.attacked.image_shape,
         batch=protocol.batch,
     )
+
+
+def overheard(
+    job: Job,
+    deployed: Deployed,
+    roles: Roles,
+    adversary: Adversary,
+    screening: Mapping[str, float],
+) -> tuple[AdversaryFacts, Shares]:
+    """Sends the private images past the adversary.
+
+    The same job and the same trained defense give the same shares, whoever attacks.
+
+    Args:
+        job: its protocol and its seed count, not its attack.
+        deployed: the trained defense.
+        roles: the images.
+        adversary: who listens.
+        screening: how it was chosen; see `chosen_adversary`.
+
+    Returns:
+        The adversary for the record, and the corrupted servers' shares of the attacked images as an
+        attack gets them.
+    """
+    protocol, private = job.protocol, roles.attacked
+    # A stream of the users' own, which no attack draws from.
+    users = seeding.derive(job.seed, "users", deployed.weights)
+    with blaming(type(deployed.defense), "protect"):
+        raw = adversary.observes(lambda turn: _send(deployed, private, protocol.batch, users, turn))
+    facts = AdversaryFacts(
+        knowledge=adversary.knowledge,
+        corrupted=list(adversary.corrupted),
+        transmissions=adversary.transmissions,
+        auxiliary=protocol.adversary.auxiliary,
+        screening=dict(screening),
+        broken=broken_messages(raw),
+        coalitions=[] if job.coalition is None else [list(job.coalition)],
+    )
+    return facts, mended(raw)
 
 
 def coalitions_of(rule: AdversaryRule, defense: Defense) -> list[tuple[int, ...]]:
@@ -176,7 +202,7 @@ def coalitions_of(rule: AdversaryRule, defense: Defense) -> list[tuple[int, ...]
     return list(itertools.combinations(range(defense.servers), together))
 
 
-def _chosen_adversary(
+def chosen_adversary(
     job: Job, deployed: Deployed, roles: Roles, store: ArtifactStore, device: str
 ) -> tuple[Adversary, dict[str, float]]:
     """Screens all coalitions of the protocol's size by ridge regression and picks the worst.

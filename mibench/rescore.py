@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 from torch import Tensor
 
 from mibench.artifacts import ArtifactStore
@@ -38,6 +37,7 @@ from mibench.record import FORMAT, PLACES, Calibration, Record, Score, SuitePart
 from mibench.registry import metrics
 from mibench.reproduce import manifest_of, protocol_of, values_beside
 from mibench.scoring import Scores, leakage_scores, score_sets, summed_up, unavailable
+from mibench.stored import from_png
 from mibench.strike import Images, Judged, interval_seed, judged, worst_judged
 from mibench.verdict import data_differences
 
@@ -85,7 +85,7 @@ def rescore(
     protocol = _present(protocol_of(record))
     torch.set_num_threads(protocol.threads)
     roles = load_roles(protocol.data, data_root, store.root)
-    _refuse_other_data(record, protocol, roles)
+    refuse_other_data(record, protocol, roles)
     case = open_case(protocol, roles, store, device)
     return _rescored(folder, record, protocol, roles, case, device)
 
@@ -213,7 +213,7 @@ def _read(folder: Path, kind: str, names: list[str], record: Record) -> Tensor:
     for name in names:
         data = (place / name).read_bytes()
         digest.update(data)
-        found.append(_pixels(place / name, side))
+        found.append(_pixels(place / name, data, side))
     if digest.hexdigest() != record.files.get(kind):
         raise RecordError(
             f"the images in {place} are not those that the record was written with; restore them"
@@ -221,17 +221,11 @@ def _read(folder: Path, kind: str, names: list[str], record: Record) -> Tensor:
     return torch.stack(found).float() / 255
 
 
-def _pixels(path: Path, side: int) -> Tensor:
+def _pixels(path: Path, data: bytes, side: int) -> Tensor:
     try:
-        with Image.open(path, formats=("PNG",)) as image:
-            size, mode = image.size, image.mode
-            # A huge image is refused by its size, before it is decoded.
-            pixels = np.asarray(image) if (size, mode) == ((side, side), "RGB") else None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} is no readable PNG ({error}); restore it") from error
-    if pixels is None:
-        raise DataError(f"{path} is {size[0]}x{size[1]} {mode}, not {side}x{side} RGB; restore it")
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+        return from_png(data, side)
+    except ValueError as error:
+        raise DataError(f"{path} {error}; restore it") from error
 
 
 def _stored(folder: Path, record: Record, shown: Tensor, roles: Roles) -> Images:
@@ -411,7 +405,12 @@ def _greatest(table: pd.DataFrame, columns: Mapping[str, Tensor], name: str) -> 
     return float(max(changes)) if changes else None
 
 
-def _refuse_other_data(record: Record, protocol: Protocol, roles: Roles) -> None:
+def refuse_other_data(record: Record, protocol: Protocol, roles: Roles) -> None:
+    """Refuses images that are not those of a record.
+
+    Raises:
+        DataError: they are not; names the first difference.
+    """
     seen = record.model_copy(
         update={"data": data_facts(protocol, roles), "manifest": manifest_of(roles)}
     )

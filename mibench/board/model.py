@@ -159,6 +159,9 @@ class BestKnown(_Part):
         scores: of its reconstructions.
         permuted: the same reconstructions held against other images.
         leakage: normalised by the floor and the undefended split of ``record``.
+        challenge: id of the challenge that was answered.
+        reconstructions: SHA-256 over the bytes of the submitted images, in order.
+        checks: what in the images is suspicious, or that nothing is.
     """
 
     format_version: int = FORMAT
@@ -169,6 +172,9 @@ class BestKnown(_Part):
     scores: list[Score]
     permuted: list[Score]
     leakage: list[Score]
+    challenge: str | None = None
+    reconstructions: str | None = None
+    checks: list[CheckLine] = []
 
 
 @dataclass(frozen=True)

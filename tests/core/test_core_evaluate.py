@@ -7,7 +7,7 @@ import torch
 
 from mibench import progress
 from mibench.artifacts import ArtifactStore
-from mibench.assault import _chosen_adversary
+from mibench.assault import chosen_adversary
 from mibench.data.roles import load_roles
 from mibench.deployment import fit
 from mibench.errors import InvalidParamsError, PluginError, ThreatModelError
@@ -534,6 +534,6 @@ def test_screening_hears_every_transmission(tmp_path, monkeypatch):
     for times in (1, 256):
         what = job(name, adversary={"coalition": 1, "transmissions": times})
         roles = load_roles(what.protocol.data, None, store.root)
-        adversary, _ = _chosen_adversary(what, fit(what, roles, store, "cpu"), roles, store, "cpu")
+        adversary, _ = chosen_adversary(what, fit(what, roles, store, "cpu"), roles, store, "cpu")
         chosen.append(adversary.corrupted)
     assert chosen == [(0,), (1,)]
