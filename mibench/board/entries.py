@@ -101,7 +101,9 @@ def read(root: Path) -> Contents:
     if not root.is_dir() or root.is_symlink():
         raise BoardError(f"there is no leaderboard in {root}; give a folder such as leaderboard/v1")
     for path in _listed(root):
-        if path.is_symlink() or not path.is_dir() or path.name not in layout.INSIDE:
+        if path.is_symlink():
+            wrong.append(f"{path}: it is a link; put the folder itself here")
+        elif not path.is_dir() or path.name not in layout.INSIDE:
             known = ", ".join(layout.INSIDE)
             wrong.append(f"{path}: only the folders {known} belong here; remove it")
     held: dict[str, Held] = {}
