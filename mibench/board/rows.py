@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isnan
 from pathlib import Path
 from typing import cast
 
@@ -259,7 +260,7 @@ def _with_front(drafts: Sequence[_Draft]) -> list[_Draft]:
     """
     fit = [
         at for at, one in enumerate(drafts)
-        if one.lacks <= ON_FRONT_WITHOUT and one.key is not None
+        if one.lacks <= ON_FRONT_WITHOUT and one.key is not None and not isnan(one.row.accuracy)
     ]  # fmt: skip
     sets: dict[tuple[str, str], list[int]] = {}
     for at in fit:

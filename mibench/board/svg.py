@@ -14,7 +14,7 @@ from mibench.record import Record, Score
 
 WIDTH, HEIGHT = 470, 370
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 14, 42
-LETTER = 5.6
+LETTER = 6.0
 """Width of a letter of a label, about; labels are placed by it."""
 LINE = 12
 """Height of a label."""

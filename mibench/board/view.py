@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from pydantic import JsonValue
 from mibench.board import words
 from mibench.board.model import BestKnown, Board, Level, Listed, Row
 from mibench.files import canonical_json
+from mibench.params import parse_yaml
 from mibench.record import Component, Record, Score
 
 NAMES = {
@@ -143,8 +145,8 @@ def _seeds(row: Row) -> Cell:
 
 
 COLUMNS = (
-    Column("rank", "Rank", "", "Place by the larger leakage among the ranked rows of this protocol. A range "
-           "where intervals overlap: those rows cannot be told apart.", _rank),
+    Column("rank", "Rank", "", "Place by the larger leakage among the ranked rows of this protocol. "
+           "A range where intervals overlap: those rows cannot be told apart.", _rank),
     Column("defense", "Defense", "", "Name, and the parameters that differ from its defaults. "
            "Leads to its page.", lambda row: Cell(row.label, value=row.label), text=True),
     Column("badge", "Badge", "", "How far others than its authors have verified the row: claimed, "
@@ -381,8 +383,13 @@ def _called(component: Component) -> str:
     return component.location or component.name
 
 
+_BARE = re.compile(r"[A-Za-z_][\w./-]*")
+
+
 def _setting(value: JsonValue) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    """A value as ``--set`` reads it: YAML, in which a plain word needs no quotes."""
+    plain = isinstance(value, str) and _BARE.fullmatch(value) and parse_yaml(value, "") == value
+    return str(value) if plain else json.dumps(value, ensure_ascii=False)
 
 
 def same_defense(board: Board, row: Row) -> list[Row]:
