@@ -145,7 +145,7 @@ def _seeds(row: Row) -> Cell:
 
 
 COLUMNS = (
-    Column("rank", "Rank", "", "Place by the larger leakage among the ranked rows of this protocol. "
+    Column("rank", "Rank", "", "Place by the larger leakage among the ranked rows of a protocol. "
            "A range where intervals overlap: those rows cannot be told apart.", _rank),
     Column("defense", "Defense", "", "Name, and the parameters that differ from its defaults. "
            "Leads to its page.", lambda row: Cell(row.label, value=row.label), text=True),
