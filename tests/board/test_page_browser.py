@@ -322,7 +322,8 @@ CONTRAST = """
     const own = [...one.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
     if (!own || one.closest("svg, script, style") || !one.checkVisibility()) continue;
     const both = [lum(parse(getComputedStyle(one).color)), lum(behind(one))];
-    if ((Math.max(...both) + 0.05) / (Math.min(...both) + 0.05) < 4.5) low.push(one.outerHTML.slice(0, 120));
+    const contrast = (Math.max(...both) + 0.05) / (Math.min(...both) + 0.05);
+    if (contrast < 4.5) low.push(one.outerHTML.slice(0, 120));
   }
   return low;
 }
