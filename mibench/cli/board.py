@@ -29,13 +29,16 @@ def add(
     """Put finished runs on the leaderboard; a record that is there already stays as it is."""
     from mibench.board import entries
     from mibench.board.model import Level
+    from mibench.cli.display import shown
     from mibench.cli.terminal import console as make_console
     from mibench.errors import BoardError, MibenchError
 
     console, failed = make_console(), []
     for run in runs:
+        console.print(f"{run}: checking", soft_wrap=True)
         try:
-            entry = entries.add(run, root, data_root=data_root)
+            with shown(console):
+                entry = entries.add(run, root, data_root=data_root)
         except MibenchError as error:
             failed.append(str(error))
             continue
