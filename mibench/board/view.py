@@ -68,13 +68,17 @@ class Column:
     text: bool = False
 
 
-def score_cell(score: Score | None, why: str = UNSCORED) -> Cell:
+def score_cell(score: Score | None, why: str = UNSCORED, decimals: int | None = None) -> Cell:
     """A score with its interval; a dash with the reason where it has no value."""
     if score is None:
         return Cell(words.DASH, why=why)
     if score.value is None:
         return Cell(words.DASH, why=score.reason or why)
-    return Cell(words.of(score), words.interval(score), value=words.sortable(score.value))
+    return Cell(
+        words.of(score, decimals),
+        words.interval(score, decimals),
+        value=words.sortable(score.value),
+    )
 
 
 def _rank(row: Row) -> Cell:
@@ -108,7 +112,7 @@ def _scored(metric: str) -> Callable[[Row], Cell]:
 
 def _leaked(metric: str) -> Callable[[Row], Cell]:
     def cell(row: Row) -> Cell:
-        made = score_cell(row.leakage.get(metric))
+        made = score_cell(row.leakage.get(metric), decimals=words.SHARE)
         best = (row.best_known or {}).get(metric)
         known = words.found(best.leakage, metric) if best else None
         if best is None or known is None or known.value is None:
@@ -145,7 +149,7 @@ def _seeds(row: Row) -> Cell:
 
 
 COLUMNS = (
-    Column("rank", "Rank", "", "Place by the larger leakage among the ranked rows of this protocol. "
+    Column("rank", "Rank", "", "Place by the larger leakage among the ranked rows of a protocol. "
            "A range where intervals overlap: those rows cannot be told apart.", _rank),
     Column("defense", "Defense", "", "Name, and the parameters that differ from its defaults. "
            "Leads to its page.", lambda row: Cell(row.label, value=row.label), text=True),
@@ -231,7 +235,9 @@ def scores_table(row: Row) -> list[Line]:
             score_cell(words.found(record.permuted, name)),
             score_cell(own),
             score_cell(words.found(record.undefended, name)),
-            score_cell(row.leakage.get(name) or words.found(record.leakage, name)),
+            score_cell(
+                row.leakage.get(name) or words.found(record.leakage, name), decimals=words.SHARE
+            ),
             *(_plain(value, name, score.reason) for value in (score.p50, score.p95, score.worst)),
         ]
         way = "higher leaks more" if score.higher_is_better else "lower leaks more"

@@ -15,6 +15,9 @@ DASH = "–"
 DIGITS = {"psnr": 1, "fid": 1, "mse": 4, "kid": 4, "volume": 0, "volume-coded": 0}
 """Decimals by metric; all others have two."""
 
+SHARE = 2
+"""Decimals of a normalised leakage, whatever its metric."""
+
 _ARXIV = re.compile(r"(?:arxiv:)?(\d{4}\.\d{4,5}(?:v\d+)?)", re.IGNORECASE)
 _UNITS = (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")
 
@@ -41,16 +44,19 @@ def percent(share: float) -> str:
     return f"{number(100 * share, 1)} %"
 
 
-def of(score: Score) -> str:
-    """The value of a score without its unit, or a dash."""
-    return DASH if score.value is None else number(score.value, digits(score.metric))
+def of(score: Score, decimals: int | None = None) -> str:
+    """The value of a score without its unit, or a dash; with the decimals of its metric."""
+    if score.value is None:
+        return DASH
+    return number(score.value, digits(score.metric) if decimals is None else decimals)
 
 
-def interval(score: Score) -> str:
+def interval(score: Score, decimals: int | None = None) -> str:
     """The 95 % interval of a score; empty where it has none."""
     if score.ci_low is None or score.ci_high is None:
         return ""
-    return between(score.ci_low, score.ci_high, digits(score.metric))
+    chosen = digits(score.metric) if decimals is None else decimals
+    return between(score.ci_low, score.ci_high, chosen)
 
 
 def between(low: float, high: float, digits: int) -> str:

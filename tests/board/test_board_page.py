@@ -206,10 +206,21 @@ def test_a_dash_tells_its_reason(made):
         assert "nobody knows" in Page(page.render(blank, root)[name]).attributes("title"), name
 
 
+def test_a_leakage_has_two_decimals_whatever_its_metric(made):
+    _, board = made
+    row = board.sections[0].rows[0]
+    told = edited(board, 0, leakage=row.leakage | {"psnr": score("psnr", 0.236, 0.226, 0.247)})
+    line = next(one for one in view.scores_table(told.sections[0].rows[0]) if "PSNR" in one.name)
+    assert ("0.24", "0.23–0.25") in [(cell.text, cell.note) for cell in line.cells]
+
+
 def test_an_accuracy_that_is_not_known_is_a_dash(made):
     root, board = made
     unknown = page.render(edited(board, 0, accuracy=float("nan"), drop=float("nan")), root)
-    assert b"nan" not in unknown["index.html"].lower().replace(b"finance", b"")
+    cell = rb'<td class="c-(?:accuracy|drop)" data-value="([^"]*)"'
+    found = re.findall(cell, unknown["index.html"])
+    assert found[:2] == [b"", b""]
+    assert b"nan" not in found
 
 
 def test_an_advisory_and_a_successor_are_told_on_both_pages(made):
