@@ -9,7 +9,7 @@ and the fusion of the replies stay behind.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +63,7 @@ def granted(defense: Defense, adversary: Adversary, images: ImageSet) -> Grants:
     defense = copy.deepcopy(defense).cpu()
     state = defense.state_dict()
     tried = images.take(TRIED).images()
-    before = _answers(defense, adversary, tried)
+    before = list(_answers(defense, adversary, tried))
 
     def needed(spoil: Iterable[tuple[Tensor, list[int] | None]]) -> bool:
         pairs = list(spoil)
@@ -72,7 +72,8 @@ def granted(defense: Defense, adversary: Adversary, images: ImageSet) -> Grants:
             for tensor, rows in pairs:
                 blank(tensor, rows)
             after = _answers(defense, adversary, tried)
-            return not all(map(torch.equal, before, after))
+            # As they come: most weights show in the first answers already.
+            return any(not torch.equal(*two) for two in zip(before, after, strict=True))
         finally:
             for (tensor, _), was in zip(pairs, kept, strict=True):
                 tensor.copy_(was)
@@ -112,20 +113,11 @@ def blank(tensor: Tensor, rows: list[int] | None = None) -> None:
 
 
 @torch.enable_grad()
-def _answers(defense: Defense, adversary: Adversary, images: Tensor) -> list[Tensor]:
+def _answers(defense: Defense, adversary: Adversary, images: Tensor) -> Iterator[Tensor]:
     """Everything that a target answers to these images, and the gradients that it lets through."""
     target = Target(defense, adversary, "tried")
-    found: list[Tensor] = []
     with seeding.stream(0, "grants"), torch.no_grad():
         sent = adversary.observes(lambda _: defense.protect(images))
-    if adversary.knowledge.grants(Knowledge.WHITE_BOX):
-        for draw in range(DRAWS):
-            with seeding.stream(draw, "grants"):
-                found += target.query(images)
-        asked = images.clone().requires_grad_()
-        predicted = target.client(asked)
-        likely = target.log_likelihood(sent, predicted)
-        found += [*predicted, likely, *_gradients(likely, [asked])]
     # The servers get numbers of our own, so that their replies say nothing about the client.
     with seeding.stream(0, "replies"):
         probes = [
@@ -134,12 +126,23 @@ def _answers(defense: Defense, adversary: Adversary, images: Tensor) -> list[Ten
             else torch.zeros_like(share)
             for share in sent
         ]
-    replies = target.replies(tuple(probes))
-    found += replies
     asking = [probe for probe in probes if probe.requires_grad]
-    for reply in replies:
-        found += _gradients(reply.square(), asking)
-    return [one.detach() for one in found]
+    for reply in target.replies(tuple(probes)):
+        yield reply.detach()
+        yield from _gradients(reply.square(), asking)
+    if not adversary.knowledge.grants(Knowledge.WHITE_BOX):
+        return
+    asked = images.clone().requires_grad_()
+    predicted = target.client(asked)
+    for share in predicted:
+        yield share.detach()
+    likely = target.log_likelihood(sent, predicted)
+    yield likely.detach()
+    yield from _gradients(likely, [asked])
+    for draw in range(DRAWS):
+        with seeding.stream(draw, "grants"):
+            queried = target.query(images)
+        yield from queried
 
 
 def _gradients(values: Tensor, inputs: list[Tensor]) -> list[Tensor]:
