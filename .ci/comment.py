@@ -1,9 +1,9 @@
 """Makes a comment on a pull request out of what a run of untrusted code left behind.
 
-Usage: ``python .ci/comment.py REPORT [LINK]``. Prints the comment. The run that wrote ``REPORT`` was
-free to write anything into it, so it is shown as plain text in a block of code: no link, no picture,
-no mention, no HTML in it has any effect, and its length is limited. Needs nothing but Python's own
-library.
+Usage: ``python .ci/comment.py REPORT [LINK]``. Prints the comment. The run that wrote ``REPORT``
+was free to write anything into it, so it is shown as plain text in a block of code: no link, no
+picture, no mention, no HTML in it has any effect, and its length is limited. Needs nothing but
+Python's own library.
 """
 
 from __future__ import annotations
@@ -31,17 +31,16 @@ def comment(report: str, link: str = "") -> str:
         link: address of the run, from the trusted side.
     """
     text = HIDDEN.sub("\N{REPLACEMENT CHARACTER}", report.replace("\r\n", "\n"))
-    left = len(text) - LIMIT
-    if left > 0:
-        text = text[:LIMIT] + f"\n... and {left} characters more"
+    if len(text) > LIMIT:
+        text = text[:LIMIT] + f"\n... cut after {LIMIT:,} characters"
     # A fence ends only at one that is at least as long, so nothing inside can end it.
     longest = max(map(len, re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    said = [
-        "The checks of this submission ran. What they printed, as plain text (it comes from a run "
-        "that had the code of this pull request, so read it as the submitter's own words):",
-        f"{fence}text\n{text.strip()}\n{fence}",
-    ]
+    opening = (
+        "The checks of this submission ran. What they printed, as plain text (the run had the code "
+        "of this pull request in it, so read it as the submitter's own words):"
+    )
+    said = [opening, f"{fence}text\n{text.strip()}\n{fence}"]
     if link:
         said.append(f"The table is laid out in [the summary of the run]({link}).")
     return "\n\n".join(said) + "\n"
