@@ -1,7 +1,7 @@
 """Prints the arguments with which ``mibench check`` tries a submission, each ended by a zero byte.
 
-Usage: ``python .ci/component.py FOLDER``, after ``mibench submission validate FOLDER`` passed. Reads
-``submission.yaml``; imports nothing of the folder.
+Usage: ``python .ci/component.py FOLDER``, where ``mibench submission validate FOLDER`` passed.
+Reads ``submission.yaml``; imports nothing of the folder.
 """
 
 from __future__ import annotations
