@@ -22,7 +22,7 @@ def test_the_lower_bound_is_the_pin():
 
 
 def test_a_requirement_without_a_lower_bound_is_refused():
-    with pytest.raises(ValueError, match="'numpy' in pyproject.toml has no lower bound"):
+    with pytest.raises(ValueError, match=r"'numpy' in pyproject\.toml has no lower bound"):
         pins(project("numpy"))
     with pytest.raises(ValueError, match="numpy<3"):
         pins(project("numpy<3"))
