@@ -7,14 +7,20 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 
 .DELETE_ON_ERROR:
-.PHONY: run test sabotage lint format coverage clean
+.PHONY: run install test lowest sabotage lint format board coverage clean
 
 run: $(VENV)/.installed
 	$(BIN)/mibench run --defense privdfs --attack diffusion
 
+install: $(VENV)/.installed
+
 # One process per core; the tests of a file stay together, since they share what they have trained.
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# The same with the lowest versions that pyproject.toml allows, in .venv-lowest; several GB.
+lowest:
+	.ci/lowest
 
 # Every sabotaged component through its whole battery, and every honest one.
 sabotage: $(VENV)/.installed-dev
@@ -29,11 +35,16 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The leaderboard's pages from their records, and whether they are what lies in git.
+board: $(VENV)/.installed
+	$(BIN)/mibench board build
+	$(BIN)/mibench board check
+
 coverage: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --cov --cov-report=term-missing
 
 clean:
-	rm -rf $(VENV) build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-lowest build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp goes before its install begins and comes back as the last act, so that a stamp always

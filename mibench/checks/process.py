@@ -121,7 +121,7 @@ class Nursery:
         self._log = (self.folder / "nursery.txt").open("wb")
         try:
             self._process = subprocess.Popen(  # noqa: S603 - this very interpreter
-                [sys.executable, "-m", "mibench.checks.host", str(theirs.fileno()), *preload],
+                [sys.executable, "-P", "-m", "mibench.checks.host", str(theirs.fileno()), *preload],
                 pass_fds=[theirs.fileno()],
                 env=_environment(self.folder),
                 stdin=subprocess.DEVNULL,

@@ -192,3 +192,24 @@ def test_tensors_cross_unchanged():
     header, tensors = unpack(read)
     assert header == {"x": [1, None, "é"]}
     assert all(torch.equal(tensors[name], value) for name, value in sent.items())
+
+
+@pytest.mark.parametrize("name", ["torch", "mibench", "json"])
+def test_a_folder_in_which_the_check_is_started_gives_no_modules(name, tmp_path, monkeypatch):
+    # The nursery imports these before it confines anything: a file that lies in the folder of a
+    # submission must not be taken for them.
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").write_text(
+        f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n"
+    )
+    (tmp_path / "metric.py").write_text(
+        "from mibench.metrics.base import Metric\n\n\nclass Mine(Metric):\n    '''Nothing.'''\n"
+        "    def per_image(self, reconstructions, originals):\n        return originals\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with Nursery() as started:
+        child = started.start("metric", LIMITS, [tmp_path])
+        file = f"{tmp_path / 'metric.py'}:Mine"
+        told, _ = child.ask("component.load", kind="metric", name=file, params={})
+    assert told["name"] == "mine"
+    assert not (tmp_path / "ran").exists()
