@@ -123,7 +123,7 @@ class Nursery:
             self._process = subprocess.Popen(  # noqa: S603 - this very interpreter
                 [sys.executable, "-m", "mibench.checks.host", str(theirs.fileno()), *preload],
                 pass_fds=[theirs.fileno()],
-                env=_environment(self.folder),
+                env=environment(self.folder),
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
@@ -174,7 +174,7 @@ class Nursery:
         config: dict[str, Json] = {
             "folder": str(folder),
             "limits": limits.described(),
-            "readable": [str(path) for path in (*_of_python(), *readable)],
+            "readable": [str(path) for path in (*of_python(), *readable)],
         }
         ours, theirs = socket.socketpair()
         output, printed = os.pipe()
@@ -487,7 +487,7 @@ def isolation(confined: Mapping[str, Any]) -> str:
     return said
 
 
-def _environment(folder: Path) -> dict[str, str]:
+def environment(folder: Path) -> dict[str, str]:
     """Returns what a component's process sees of the environment: nothing that is a secret."""
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL") if name in os.environ}
     # Where this very package lies, and what the caller has on its path.
@@ -508,7 +508,7 @@ def _python_path() -> list[str]:
     return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
-def _of_python() -> list[Path]:
+def of_python() -> list[Path]:
     """Returns the folders that Python and this package are read from."""
     found = [Path(mibench.__file__).parent, Path(sys.prefix), Path(sys.base_prefix)]
     found += [Path(path) for path in site.getsitepackages()]

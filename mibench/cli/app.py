@@ -21,6 +21,7 @@ from mibench.cli import (
     rescore,
     run,
     show,
+    submission,
     sweep,
 )
 from mibench.errors import MibenchError
@@ -83,6 +84,7 @@ app.command("reproduce")(reproduce.reproduce)
 app.command("rescore")(rescore.rescore)
 app.add_typer(protocols.app, name="protocols")
 app.add_typer(prior.app, name="prior")
+app.add_typer(submission.app, name="submission")
 app.command("doctor")(doctor.doctor)
 
 
