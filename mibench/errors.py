@@ -59,6 +59,10 @@ class RecordError(MibenchError):
     """A record that cannot be read: broken, or written by a newer format."""
 
 
+class BoardError(MibenchError):
+    """A leaderboard that holds what does not belong there, or pages that do not follow from it."""
+
+
 class UnavailableError(MibenchError):
     """Something that had to be downloaded and cannot be had here; the message says what to do."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -59,17 +59,7 @@ def check_run(
     if record is None:
         return [replace(one, found=one_line(one.found)) for one in found]
     run = Run(folder, record, _table(folder), _manifest(folder), data_root, cache)
-    for check in _CHECKS:
-        problems = list(check.look(run))
-        if not problems:
-            found.append(Finding(check.name, Verdict.PASSED, check.tried, "it holds"))
-        for problem in problems[:MOST_LINES]:
-            advice = "" if problem.verdict is Verdict.SKIPPED else check.advice
-            found.append(Finding(check.name, problem.verdict, check.tried, problem.text, advice))
-        if len(problems) > MOST_LINES:
-            worst = max((p.verdict for p in problems[MOST_LINES:]), key=list(Verdict).index)
-            more = f"and {len(problems) - MOST_LINES} more of this kind"
-            found.append(Finding(check.name, worst, check.tried, more, check.advice))
+    found += _looked(run, _CHECKS)
     parts: dict[str, Run] = {}
     inside = [
         one for part in record.suite if part.scores for one in _of_part(run, part.attack, parts)
@@ -84,6 +74,38 @@ def check_run(
             for one in record_numbers.of_parts(run, parts)
         ]
     return [replace(one, found=one_line(one.found)) for one in found]
+
+
+def check_numbers(folder: Path) -> list[Finding]:
+    """Checks a record with its values per image alone, as they lie on the leaderboard.
+
+    Args:
+        folder: holds ``record.json`` and ``per_image.parquet``.
+
+    Returns:
+        As `check_run`, without what needs images, the manifest or the folders of a suite's attacks.
+    """
+    found, record = _read(folder)
+    if record is not None:
+        run = Run(folder, record, _table(folder), None, None, None)
+        found += _looked(run, [check for check in _CHECKS if check.name not in _WITH_FOLDER])
+    return [replace(one, found=one_line(one.found)) for one in found]
+
+
+def _looked(run: Run, checks: Iterable[_Check]) -> list[Finding]:
+    found = []
+    for check in checks:
+        problems = list(check.look(run))
+        if not problems:
+            found.append(Finding(check.name, Verdict.PASSED, check.tried, "it holds"))
+        for problem in problems[:MOST_LINES]:
+            advice = "" if problem.verdict is Verdict.SKIPPED else check.advice
+            found.append(Finding(check.name, problem.verdict, check.tried, problem.text, advice))
+        if len(problems) > MOST_LINES:
+            worst = max((p.verdict for p in problems[MOST_LINES:]), key=list(Verdict).index)
+            more = f"and {len(problems) - MOST_LINES} more of this kind"
+            found.append(Finding(check.name, worst, check.tried, more, check.advice))
+    return found
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -372,3 +394,5 @@ _CHECKS = (
     _Check("record-plausible", "looks for values that no measurement gives",
            "say in the submission how this came about", record_numbers.plausible),
 )  # fmt: skip
+_WITH_FOLDER = ("record-files", "record-counts", "record-rescored")
+"""Checks that need more of a run than its record and its values per image."""

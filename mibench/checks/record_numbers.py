@@ -320,7 +320,7 @@ def rescored(run: Run) -> Iterator[Problem]:
     bits afterwards, so each pixel differs by at most `ROUNDED` from the scored one; the root of the
     MSE can then differ by as much, which also bounds the PSNR, and SSIM and LPIPS by `LOOSE`.
     """
-    originals = _originals(run)
+    originals = attacked_images(run)
     if isinstance(originals, str):
         yield Problem(originals, Verdict.SKIPPED)
         return
@@ -399,7 +399,7 @@ def _allowed(name: str, values: Tensor) -> Tensor:
     return 20 * torch.maximum(farther.log10() - root.log10(), root.log10() - nearer.log10()) + 1e-6
 
 
-def _originals(run: Run) -> Tensor | str:
+def attacked_images(run: Run) -> Tensor | str:
     """The attacked images of the protocol, or why they are not at hand."""
     rule = run.record.protocol.values.get("data")
     try:

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from mibench import __version__
 from mibench.cli import (
+    board,
     check,
     doctor,
     listing,
@@ -85,6 +86,7 @@ app.command("rescore")(rescore.rescore)
 app.add_typer(protocols.app, name="protocols")
 app.add_typer(prior.app, name="prior")
 app.add_typer(submission.app, name="submission")
+app.add_typer(board.app, name="board")
 app.command("doctor")(doctor.doctor)
 
 

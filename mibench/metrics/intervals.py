@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 _LEVEL = 0.95
-_RESAMPLES = 2000
+RESAMPLES = 2000
+"""Resamples of an interval."""
 _FEWEST_RESAMPLES = 100
 _WEIGHTS_AT_ONCE = 2**22  # 32 MiB of float64
 
@@ -37,7 +38,7 @@ class Estimate:
 
 
 def bootstrap_mean(
-    values: Tensor, seed: int, level: float = _LEVEL, resamples: int = _RESAMPLES
+    values: Tensor, seed: int, level: float = _LEVEL, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of a mean over images.
 
@@ -61,8 +62,8 @@ def bootstrap_mean(
         raise ValueError("a bootstrap interval needs at least two values, got 1")
     mean = float(scores.mean())
     # Around the mean, for precision where the spread is small beside it.
-    deviations = _resampled_means((scores - mean)[:, None], seed, resamples)[:, 0]
-    low, high = _percentiles(deviations, level)
+    deviations = resampled_means((scores - mean)[:, None], seed, resamples)[:, 0]
+    low, high = percentiles(deviations, level)
     # Nearly equal values must not put their mean outside by rounding.
     return mean + min(low, 0.0), mean + max(high, 0.0)
 
@@ -105,8 +106,8 @@ def estimate_median(values: Tensor, seed: int) -> Estimate:
     if len(scores) < 2:
         raise ValueError("a bootstrap interval needs at least two values, got 1")
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(scores), (_RESAMPLES, len(scores)), generator=generator)
-    low, high = _percentiles(scores[drawn].quantile(0.5, dim=1), _LEVEL)
+    drawn = torch.randint(len(scores), (RESAMPLES, len(scores)), generator=generator)
+    low, high = percentiles(scores[drawn].quantile(0.5, dim=1), _LEVEL)
     return Estimate(float(scores.quantile(0.5)), low, high, len(scores))
 
 
@@ -118,7 +119,7 @@ def normalised_leakage(
     more_leakage: Literal["higher", "lower"],
     seed: int,
     level: float = _LEVEL,
-    resamples: int = _RESAMPLES,
+    resamples: int = RESAMPLES,
 ) -> Estimate:
     """Leakage as the share of the undefended split's leakage above the floor that remains.
 
@@ -166,8 +167,8 @@ def normalised_leakage(
     # The mean of per-image differences is the difference of the means, resample by resample.
     differences = sign * torch.stack([score - base, top - base], 1)
     gain, span = (float(mean) for mean in differences.mean(0))
-    gains, spans = _resampled_means(differences, seed, resamples).unbind(1)
-    low, high = _percentiles(spans, level)
+    gains, spans = resampled_means(differences, seed, resamples).unbind(1)
+    low, high = percentiles(spans, level)
     if span <= (high - low) / 2:
         return Estimate(
             None,
@@ -181,7 +182,7 @@ def normalised_leakage(
     # the test above leaves at most a few of them.
     usable = spans > 0
     value = gain / span
-    low, high = _percentiles(gains[usable] / spans[usable], level)
+    low, high = percentiles(gains[usable] / spans[usable], level)
     return Estimate(value, min(low, value), max(high, value), n)
 
 
@@ -201,8 +202,8 @@ def balanced_accuracy(told: Tensor, truth: Tensor, seed: int) -> Estimate:
     value = _balanced(columns.mean(0, keepdim=True))[0].nanmean()
     if value.isnan():
         return Estimate(None, None, None, len(told), "every attribute has one value only")
-    means = _resampled_means(columns, seed, _RESAMPLES)
-    low, high = _percentiles(_balanced(means).nanmean(1).nan_to_num(nan=float(value)), _LEVEL)
+    means = resampled_means(columns, seed, RESAMPLES)
+    low, high = percentiles(_balanced(means).nanmean(1).nan_to_num(nan=float(value)), _LEVEL)
     return Estimate(float(value), min(low, float(value)), max(high, float(value)), len(told))
 
 
@@ -233,8 +234,11 @@ def _checked(values: Tensor, what: str) -> Tensor:
     return scores
 
 
-def _resampled_means(columns: Tensor, seed: int, resamples: int) -> Tensor:
-    """Means of (N, k) columns over resampled rows, (resamples, k); all columns share the rows."""
+def resampled_means(columns: Tensor, seed: int, resamples: int) -> Tensor:
+    """Means of (N, k) columns over resampled rows, (resamples, k); all columns share the rows.
+
+    The same seed and N give the same rows, so that means of two calls are paired as well.
+    """
     if resamples < _FEWEST_RESAMPLES:
         raise ValueError(f"resamples must be at least {_FEWEST_RESAMPLES}, got {resamples}")
     sums = [weights @ columns for weights in _weights(len(columns), seed, resamples)]
@@ -252,7 +256,8 @@ def _weights(n: int, seed: int, resamples: int) -> Iterator[Tensor]:
         yield counts.scatter_add_(1, drawn, torch.ones(1, 1, dtype=torch.float64).expand(rows, n))
 
 
-def _percentiles(resampled: Tensor, level: float) -> tuple[float, float]:
+def percentiles(resampled: Tensor, level: float = _LEVEL) -> tuple[float, float]:
+    """Both ends of the interval that holds the share ``level`` of resampled numbers (R,)."""
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1, got {level}")
     tail = (1 - level) / 2

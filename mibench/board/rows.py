@@ -1,0 +1,282 @@
+"""From records to rows: which runs belong together, and what a row says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from mibench.board import rules
+from mibench.board.columns import accuracy_of, leakage_over_seeds, over_seeds
+from mibench.board.conditions import Condition, concerns, key_of, reasons_against
+from mibench.board.entries import Contents, Held, read
+from mibench.board.model import (
+    BestKnown,
+    Board,
+    Level,
+    Row,
+    Section,
+)
+from mibench.board.names import label_of, slug_of
+from mibench.board.noise import Noise
+from mibench.board.rules import Interval
+from mibench.files import Json, content_id
+from mibench.job import SUITE
+from mibench.record import Record, Score
+
+ON_FRONT_WITHOUT = {Condition.TRACK, Condition.ACCURACY, Condition.SUITE}
+"""Conditions that a row on the Pareto front may lack."""
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A row in the making.
+
+    Attributes:
+        row: what is known of it so far.
+        runs: its headline.
+        all: headline and others.
+        lacks: conditions of a rank that it does not meet.
+        key: the leakage that it is ranked by.
+    """
+
+    row: Row
+    runs: tuple[Held, ...]
+    all: tuple[Held, ...]
+    lacks: frozenset[Condition]
+    key: Interval | None
+
+    @property
+    def record(self) -> Record:
+        """The first of its headline."""
+        return self.runs[0].record
+
+
+def assemble(root: Path) -> Board:
+    """Makes the board of a version from what lies in its folder.
+
+    Raises:
+        BoardError: something there is broken or does not belong there; all problems at once.
+    """
+    return board_of(read(root), root.resolve().name)
+
+
+def board_of(contents: Contents, version: str) -> Board:
+    """Makes the board of what was read."""
+    sections: dict[str, list[Held]] = {}
+    for one in contents.held.values():
+        sections.setdefault(one.record.protocol.content, []).append(one)
+    taken = _superseded(contents.held)
+    made = [_section(held, contents, taken) for held in sections.values()]
+    made.sort(key=_prominence)
+    return Board(version=version, sections=tuple(made), advisories=contents.advisories)
+
+
+def _prominence(section: Section) -> tuple[object, ...]:
+    """Sections with many ranked rows first, then those with many rows."""
+    ranked = sum(row.ranked for row in section.rows)
+    return -ranked, -len(section.rows), section.protocol.id, section.protocol.content
+
+
+def _section(held: Sequence[Held], contents: Contents, taken: Mapping[str, str]) -> Section:
+    groups: dict[str, list[Held]] = {}
+    for one in held:
+        groups.setdefault(_group(one, superseded=one.listed.id in taken), []).append(one)
+    drafts = [_draft(runs, key, contents, taken) for key, runs in sorted(groups.items())]
+    noise = Noise(held)
+    drafts = [
+        replace(one, row=replace(one.row, gain=noise.gain(one.record, one.all))) for one in drafts
+    ]
+    rows = _ordered(_with_front(_with_places(drafts)))
+    first = next((one for one in drafts if one.record.attack.name == SUITE), drafts[0]).record
+    return Section(
+        protocol=first.protocol,
+        dataset=first.data.dataset if first.data is not None else "unknown",
+        backbone=_backbone(first),
+        rows=tuple(rows),
+        floor={one.metric: one for one in first.prior_only if one.value is not None},
+        noise=noise.points(),
+        noise_attack=noise.attack,
+    )
+
+
+def _backbone(record: Record) -> str:
+    rule = record.protocol.values.get("backbone")
+    cut = rule.get("split_point") if isinstance(rule, Mapping) else None
+    return f"{record.backbone.name}, split after {cut}" if cut else record.backbone.name
+
+
+# --- runs that belong together -------------------------------------------------------------------
+
+
+def _group(held: Held, *, superseded: bool) -> str:
+    """What runs of one row have in common, as a short name."""
+    return content_id({**_made(held), "deviations": held.record.deviations,
+                       "superseded": superseded})  # fmt: skip
+
+
+def _made(held: Held) -> dict[str, Json]:
+    """What was measured: the defense, its maker, the images and the adversary."""
+    record, origin = held.record, held.listed.entry.origin
+    defense, who = record.defense, record.adversary
+    return {
+        "protocol": record.protocol.content,
+        "defense": [defense.name, defense.version, defense.params, defense.location],
+        # The version of a built-in says that it gives the same; of others, the code alone does.
+        "code": defense.code if defense.location is not None else None,
+        "backbone": [record.backbone.name, record.backbone.params],
+        "submission": origin.submission,
+        "manifest": record.manifest,
+        "adversary": None
+        if who is None
+        else [who.knowledge, who.transmissions, who.auxiliary, who.coalitions],
+    }
+
+
+def _superseded(held: Mapping[str, Held]) -> dict[str, str]:
+    """The record that takes the place of another one, by the other's id.
+
+    That it says so is not enough: it must be of the same thing, attack and seed, and verified as
+    far. Or anybody could take anybody's row away.
+    """
+    found = {}
+    for name, one in sorted(held.items()):
+        other = held.get(one.record.supersedes or "")
+        if other is None:
+            continue
+        same = _made(one) == _made(other) and one.record.seed == other.record.seed
+        same = same and one.record.attack.name == other.record.attack.name
+        levels = list(Level)
+        far = levels.index(one.listed.entry.level) >= levels.index(other.listed.entry.level)
+        if same and far:
+            found[other.listed.id] = name
+    return found
+
+
+def _draft(
+    runs: Sequence[Held], group: str, contents: Contents, taken: Mapping[str, str]
+) -> _Draft:
+    chosen = _headline(runs)
+    record = chosen[0].record
+    others = sorted(
+        (one for one in runs if one not in chosen),
+        key=lambda one: (one.record.attack.name, one.record.seed, one.listed.id),
+    )
+    scores = {one.metric: over_seeds(chosen, one) for one in record.scores}
+    leakage = {one.metric: leakage_over_seeds(chosen, one) for one in record.scores}
+    accuracy, drop, lost = accuracy_of(chosen)
+    advisories = tuple(one for one in contents.advisories if concerns(one, chosen))
+    by = next((taken[one.listed.id] for one in chosen if one.listed.id in taken), None)
+    level = min((one.listed.entry.level for one in chosen), key=list(Level).index)
+    key = key_of(chosen, leakage)
+    lacks: dict[Condition, list[str]] = {}
+    for condition, reason in reasons_against(chosen, lost, level, advisories, by, key):
+        lacks.setdefault(condition, []).append(reason)
+    label = label_of(chosen[0])
+    row = Row(
+        headline=tuple(one.listed for one in chosen),
+        others=tuple(one.listed for one in others),
+        label=label,
+        slug=slug_of(record, group),
+        attack=record.attack.name,
+        accuracy=accuracy,
+        drop=drop,
+        scores=scores,
+        leakage=leakage,
+        gain={},
+        rank=None,
+        reasons=tuple(text for told in lacks.values() for text in told),
+        pareto=False,
+        level=level,
+        advisories=advisories,
+        superseded_by=by,
+        best_known=_best_known([*chosen, *others], leakage, contents.best_known),
+    )
+    interval = None if isinstance(key, str) else key
+    return _Draft(row, tuple(chosen), (*chosen, *others), frozenset(lacks), interval)
+
+
+def _headline(runs: Sequence[Held]) -> list[Held]:
+    """One run a seed: of the suite, else of the attack that leaks most.
+
+    Of several runs of one attack and seed the first that was made counts, whatever came out.
+    """
+    by_attack: dict[str, dict[int, Held]] = {}
+    for one in sorted(runs, key=lambda one: (one.record.started, one.listed.id)):
+        by_attack.setdefault(one.record.attack.name, {}).setdefault(one.record.seed, one)
+    name = SUITE if SUITE in by_attack else max(
+        sorted(by_attack), key=lambda one: _harm(list(by_attack[one].values()))
+    )  # fmt: skip
+    return [one for _, one in sorted(by_attack[name].items())]
+
+
+def _harm(runs: Sequence[Held]) -> float:
+    """What a row of these runs would be ranked by."""
+    found = []
+    for one in runs:
+        known = {score.metric: score.value for score in one.record.leakage}
+        values = [known.get(f"leakage({name})") for name in rules.KEYS]
+        found.append(max((value for value in values if value is not None), default=-np.inf))
+    return float(np.mean(found))
+
+
+# --- rank ----------------------------------------------------------------------------------------
+
+
+def _best_known(
+    runs: Sequence[Held], leakage: Mapping[str, Score], known: Iterable[BestKnown]
+) -> dict[str, BestKnown] | None:
+    """By metric, the submitted attack that leaks most, where it leaks more than the headline."""
+    ids = {one.listed.id for one in runs}
+    found: dict[str, BestKnown] = {}
+    most = {name: one.value for name, one in leakage.items() if one.value is not None}
+    for one in known:
+        if one.record not in ids:
+            continue
+        for score in one.leakage:
+            name = score.metric.removeprefix("leakage(").removesuffix(")")
+            if score.value is not None and score.value > most.get(name, -np.inf):
+                most[name], found[name] = score.value, one
+    return found or None
+
+
+def _with_places(drafts: Sequence[_Draft]) -> list[_Draft]:
+    keys = {at: one.key for at, one in enumerate(drafts) if not one.lacks and one.key is not None}
+    ranks = dict(zip(keys, rules.places(list(keys.values())), strict=True))
+    return [replace(one, row=replace(one.row, rank=ranks.get(at))) for at, one in enumerate(drafts)]
+
+
+def _with_front(drafts: Sequence[_Draft]) -> list[_Draft]:
+    """Marks the front among rows that met the same attacks on the same images.
+
+    Those of the suite where there are any; else those of the attack that most rows met.
+    """
+    fit = [
+        at for at, one in enumerate(drafts)
+        if one.lacks <= ON_FRONT_WITHOUT and one.key is not None
+    ]  # fmt: skip
+    sets: dict[tuple[str, str], list[int]] = {}
+    for at in fit:
+        record = drafts[at].record
+        sets.setdefault((record.attack.name, record.manifest or ""), []).append(at)
+    if not sets:
+        return list(drafts)
+    chosen = sets[max(sets, key=lambda one: (one[0] == SUITE, len(sets[one]), one))]
+    points = [(drafts[at].row.accuracy, cast("Interval", drafts[at].key).value) for at in chosen]
+    marked = {at for at, on in zip(chosen, rules.front(points), strict=True) if on}
+    return [
+        replace(one, row=replace(one.row, pareto=at in marked)) for at, one in enumerate(drafts)
+    ]
+
+
+def _ordered(drafts: Sequence[_Draft]) -> list[Row]:
+    def place(one: _Draft) -> tuple[object, ...]:
+        leak = float("inf") if one.key is None else one.key.value
+        rank = one.row.rank
+        return (rank is None, one.row.superseded_by is not None, bool(one.row.advisories),
+                leak, one.row.slug)  # fmt: skip
+
+    return [one.row for one in sorted(drafts, key=place)]
