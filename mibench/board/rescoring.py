@@ -60,7 +60,7 @@ def rescored(
         A verification of level `Level.RESCORED` where both came out the same, else of
         `Level.CLAIMED`; ``differences`` says what is in the way.
     """
-    lines = [_scores(run, record, store, data_root)]
+    lines = [scores_again(run, record, store, data_root)]
     lines.append(_accuracy(record, store, data_root, deployed))
     away = [one.found for one in lines if one.verdict != "passed"]
     level = Level.CLAIMED if away else Level.RESCORED
@@ -71,7 +71,10 @@ def _line(check: str, verdict: str, found: str) -> CheckLine:
     return CheckLine(check=check, verdict=verdict, found=found)
 
 
-def _scores(run: Path, record: Record, store: ArtifactStore, data_root: Path | None) -> CheckLine:
+def scores_again(
+    run: Path, record: Record, store: ArtifactStore, data_root: Path | None
+) -> CheckLine:
+    """Scores all stored images again; nothing that the record names is imported."""
     try:
         found = rescore(run, store, data_root)
         _, table = values_beside(record, run)

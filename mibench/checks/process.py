@@ -259,7 +259,7 @@ class Process:
         """Waits until the process has confined itself."""
         header, _ = self._receive(time.monotonic() + START_SECONDS)
         self.confined = header.get("ok", {})
-        self._base = _memory(self._number) or 0
+        self._base = resident_bytes(self._number) or 0
 
     def ask(
         self,
@@ -372,7 +372,7 @@ class Process:
                 f"the {self.role} did not answer within its time "
                 f"({limits.seconds:.0f} s for most requests) and was stopped",
             )
-        used = _memory(self._number)
+        used = resident_bytes(self._number)
         # The kernel's own limit comes first where there is one; this holds for shared memory too.
         if used is not None and used - self._base > 1.2 * limits.memory_bytes:
             self._break(
@@ -516,18 +516,18 @@ def of_python() -> list[Path]:
     return [path.resolve() for path in found if path.exists()]
 
 
-def _memory(number: int) -> int | None:
+def resident_bytes(number: int) -> int | None:
     """Returns the resident memory of a process in bytes, where the system tells."""
     try:
         pages = Path(f"/proc/{number}/statm").read_text(encoding="ascii").split()[1]
     except FileNotFoundError:
-        return _asked_memory(number) if sys.platform == "darwin" else None
+        return _asked_bytes(number) if sys.platform == "darwin" else None
     except (OSError, IndexError):
         return None
     return int(pages) * resource.getpagesize()
 
 
-def _asked_memory(number: int) -> int | None:
+def _asked_bytes(number: int) -> int | None:
     asked = subprocess.run(  # noqa: S603 - a fixed command
         ["/bin/ps", "-o", "rss=", "-p", str(number)], capture_output=True, check=False, text=True
     )

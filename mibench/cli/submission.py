@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
+from mibench.cli import options
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -74,6 +76,87 @@ def validate(
             typer.echo(f"{_shown(name)}: {words}")
     if any(found.values()):
         raise typer.Exit(REFUSED)
+
+
+@app.command("score")
+def score(
+    folder: Annotated[Path, typer.Argument(help="Folder of a submission.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of its runs (default: runs/submissions/NAME)."),
+    ] = None,
+    attack: Annotated[
+        str | None,
+        typer.Option(help="For a defense: one attack instead of the suite. Never ranked."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="A PyTorch device.")] = "cpu",
+    data_root: options.DataRoot = None,
+    hours: Annotated[float, typer.Option(min=0.01, help="Time for one run.")] = 12.0,
+) -> None:
+    """Run a submission under its protocols, in a sandbox, and keep record, images and weights.
+
+    Runs that are there already are not made again.
+    """
+    from mibench.submission.score import RUNS
+    from mibench.submission.score import score as make
+
+    with _told():
+        runs = make(
+            folder,
+            out or RUNS / folder.resolve().name,
+            data_root,
+            attack=attack,
+            device=device,
+            seconds=hours * 3600,
+            say=typer.echo,
+        )
+    for run in runs:
+        typer.echo(f"Then: mibench submission verify {folder} --level rescored --run {run}")
+
+
+@app.command("verify")
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Folder of a submission.")],
+    run: Annotated[
+        Path, typer.Option(help="Folder of one of its runs, as `score` has written it.")
+    ],
+    level: Annotated[
+        Literal["claimed", "rescored", "reproduced"],
+        typer.Option(help="How far to go; what is missing below comes first."),
+    ] = "rescored",
+    root: Annotated[Path, typer.Option(help="The leaderboard.")] = Path("leaderboard/v1"),
+    data_root: options.DataRoot = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, help="Of the rerun (default: one that nobody could know before)."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the rerun.")] = None,
+    hours: Annotated[float, typer.Option(min=0.01, help="Time for the rerun.")] = 12.0,
+) -> None:
+    """Check a run of a submission up to a level of trust, and put it on the leaderboard.
+
+    claimed: the record follows from its files, and the component passes `mibench check`. rescored:
+    scores were computed again from the images, accuracy from the weights. reproduced: it was run
+    again with another seed. Exit status 0: the level is reached; 2: it is not, and why.
+    """
+    from mibench.artifacts import ArtifactStore
+    from mibench.board.model import Level
+    from mibench.submission.verify import verify as make
+
+    with _told():
+        entry = make(
+            folder,
+            run,
+            root,
+            Level(level),
+            data_root,
+            ArtifactStore(),
+            seed=seed,
+            out=out,
+            seconds=hours * 3600,
+            say=typer.echo,
+        )
+    typer.echo(f"{root}/records/{entry.record}: {entry.level}")
 
 
 def _shown(text: str) -> str:
