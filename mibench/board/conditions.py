@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum, auto
 
 from mibench.board import rules
-from mibench.board.columns import mean_columns, score_of
+from mibench.board.columns import mean_columns
 from mibench.board.entries import Held
 from mibench.board.model import Advisory, Level
 from mibench.board.rules import Interval
@@ -62,9 +62,7 @@ def _never_certain(runs: Sequence[Held], name: str, leakage: Score) -> tuple[flo
     values, floor, top = columns
     if values is None or floor is None or top is None:
         return leakage.ci_low, leakage.ci_high
-    score = score_of(runs[0].record, "scores", name)
-    certain = bool((values == values[0]).all()) and float(values[0]) in (0.0, 1.0)
-    if score is None or score.unit != "share" or not certain:
+    if not bool((values == values[0]).all()) or float(values[0]) not in (0.0, 1.0):
         return leakage.ci_low, leakage.ci_high
     base, span = float(floor.mean()), float((top - floor).mean())
     ends = rules.all_or_none(float(values[0]), len(values))
@@ -86,15 +84,13 @@ def reasons_against(
     if record.protocol.track not in ("lite", "standard"):
         yield (
             Condition.TRACK,
-            f"Its protocol is of the track {record.protocol.track}, which is \
-never ranked.",
+            f"Its protocol is of the track {record.protocol.track}, which is never ranked.",
         )
     yield from _departures(records)
     if record.attack.name != SUITE:
         yield (
             Condition.SUITE,
-            f"It was attacked with {record.attack.name} alone, not with the \
-whole suite.",
+            f"It was attacked with {record.attack.name} alone, not with the whole suite.",
         )
     else:
         attacks = record.protocol.values.get("attacks")

@@ -21,11 +21,13 @@ class Dataset(ABC):
 
     Attributes:
         task: the classes or attributes of the labels.
+        shown: whether its terms let a few private images stand on a public page.
     """
 
     required: ClassVar[tuple[str, ...]] = ("load", "size")
     name: ClassVar[str]
     version: ClassVar[int]
+    shown: ClassVar[bool] = False
     task: Task
 
     def __init__(self, data_root: Path | None, image_size: int, cache: Path) -> None:

@@ -13,6 +13,7 @@ class Cifar10(HubDataset):
     image_column = "img"
     label_column = "label"
     native_size = 32
+    shown = True
     # fmt: off
     task = Classification((
         "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",

@@ -17,6 +17,7 @@ class Cifar100(HubDataset):
     image_column = "img"
     label_column = "fine_label"
     native_size = 32
+    shown = True
     # fmt: off
     task = Classification((
         "apple", "aquarium_fish", "baby", "bear", "beaver", "bed", "bee", "beetle",

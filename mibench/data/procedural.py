@@ -473,6 +473,7 @@ class Procedural(Dataset):
     """
 
     task = Classification(CLASS_NAMES)
+    shown = True
 
     def size(self, split: str) -> int:
         """Returns the number of indices; see `Dataset.size`."""

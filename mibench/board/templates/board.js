@@ -1,0 +1,176 @@
+"use strict";
+// Sorting, filtering and tooltips. Without this script the page shows the same, in order of rank.
+(() => {
+  const all = (query, from = document) => [...from.querySelectorAll(query)];
+  const tables = all("table.board");
+  const form = document.querySelector("form.filters");
+
+  // --- tooltips: what the browser would tell on hover, and by keyboard and touch as well ---------
+  const tip = document.createElement("div");
+  tip.id = "tip";
+  tip.setAttribute("role", "tooltip");
+  tip.hidden = true;
+  document.body.append(tip);
+
+  const tell = (element) => {
+    tip.replaceChildren(
+      ...element.dataset.tip.split("\n").map((text) => {
+        const line = document.createElement("div");
+        line.textContent = text;
+        return line;
+      }),
+    );
+    tip.hidden = false;
+    const box = element.getBoundingClientRect();
+    const width = Math.min(tip.offsetWidth, innerWidth - 16);
+    const left = Math.min(Math.max(8, box.left + box.width / 2 - width / 2), innerWidth - width - 8);
+    const above = box.top - tip.offsetHeight - 8;
+    tip.style.left = `${left + scrollX}px`;
+    tip.style.top = `${(above > 8 ? above : box.bottom + 8) + scrollY}px`;
+  };
+  const hush = () => {
+    tip.hidden = true;
+  };
+  for (const element of all("[title]")) {
+    element.dataset.tip = element.getAttribute("title");
+    element.removeAttribute("title");
+  }
+  for (const title of all("svg .mark > title")) {
+    title.parentElement.dataset.tip = title.textContent;
+    title.remove();
+  }
+  for (const element of all("[data-tip]")) {
+    element.addEventListener("pointerenter", () => tell(element));
+    element.addEventListener("pointerleave", hush);
+    element.addEventListener("focusin", () => tell(element));
+    element.addEventListener("focusout", hush);
+  }
+  addEventListener("keydown", (event) => {
+    if (event.key === "Escape") hush();
+  });
+
+  if (!form) return;
+
+  // --- the state lies in the address, so that a view can be shared -------------------------------
+  const start = { sort: "rank", down: false };
+  let order = { ...start };
+
+  const remember = () => {
+    const words = new URLSearchParams();
+    for (const field of form.elements) {
+      const value = field.type === "checkbox" ? (field.checked ? "yes" : "") : field.value;
+      if (field.name && value) words.set(field.name, value);
+    }
+    if (order.sort !== start.sort || order.down) {
+      words.set("sort", `${order.sort}.${order.down ? "down" : "up"}`);
+    }
+    const text = words.toString();
+    history.replaceState(null, "", text ? `#${text}` : location.pathname + location.search);
+  };
+
+  const recall = () => {
+    const text = location.hash.slice(1);
+    if (text && !text.includes("=")) return;
+    const words = new URLSearchParams(text);
+    for (const field of form.elements) {
+      if (field.type === "checkbox") field.checked = words.get(field.name) === "yes";
+      else if (field.name) field.value = words.get(field.name) ?? "";
+      if (field.tagName === "SELECT" && field.selectedIndex < 0) field.value = "";
+    }
+    const [sort, way] = (words.get("sort") ?? "").split(".");
+    const known = tables.some((one) => all("thead [data-key]", one).some((h) => h.dataset.key === sort));
+    order = known ? { sort, down: way === "down" } : { ...start };
+  };
+
+  // --- filtering ---------------------------------------------------------------------------------
+  const count = document.getElementById("count");
+  const filter = () => {
+    const wanted = new FormData(form);
+    const text = (wanted.get("q") ?? "").toString().toLowerCase().split(/\s+/).filter(Boolean);
+    const keys = all("select", form).map((field) => field.name);
+    let seen = 0;
+    let total = 0;
+    for (const section of all("section.protocol")) {
+      let here = 0;
+      for (const row of all("tr[data-text]", section)) {
+        const fits =
+          keys.every((key) => !wanted.get(key) || row.dataset[key] === wanted.get(key)) &&
+          text.every((word) => row.dataset.text.includes(word)) &&
+          (!wanted.get("ranked") || row.dataset.ranked === "yes");
+        row.hidden = !fits;
+        here += fits;
+        total += 1;
+        const mark = section.querySelectorAll(`.mark[data-row="${CSS.escape(row.dataset.row)}"]`);
+        for (const one of mark) one.classList.toggle("faded", !fits);
+      }
+      for (const body of all("tbody", section)) {
+        body.hidden = !all("tr[data-text]", body).some((row) => !row.hidden);
+      }
+      section.hidden = here === 0;
+      seen += here;
+    }
+    count.textContent = seen === total ? `${total} rows` : `${seen} of ${total} rows`;
+    document.getElementById("none").hidden = seen > 0;
+  };
+
+  // --- sorting -----------------------------------------------------------------------------------
+  const sort = () => {
+    for (const table of tables) {
+      const heads = all("thead [data-key]", table);
+      const at = heads.findIndex((head) => head.dataset.key === order.sort);
+      for (const head of heads) head.removeAttribute("aria-sort");
+      if (at < 0) continue;
+      const words = heads[at].dataset.words === "yes";
+      heads[at].setAttribute("aria-sort", order.down ? "descending" : "ascending");
+      const value = (row) => row.cells[at].dataset.value ?? "";
+      const compare = (one, other) => {
+        const [a, b] = [value(one), value(other)];
+        if (!a || !b) return a ? -1 : b ? 1 : 0; // what has no value stands last, either way
+        const least = words ? a.localeCompare(b, "en", { numeric: true }) : Number(a) - Number(b);
+        return order.down ? -least : least;
+      };
+      for (const body of all("tbody", table)) {
+        const rows = all("tr[data-text]", body);
+        const first = new Map(rows.map((row) => [row, Number(row.dataset.order)]));
+        rows.sort((one, other) => compare(one, other) || first.get(one) - first.get(other));
+        body.append(...rows);
+      }
+    }
+  };
+
+  for (const head of all("table.board thead [data-key]")) {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.append(...head.childNodes);
+    head.append(button);
+    button.addEventListener("click", () => {
+      const key = head.dataset.key;
+      const first = head.dataset.down === "yes";
+      order = { sort: key, down: order.sort === key ? !order.down : first };
+      sort();
+      remember();
+    });
+  }
+  const update = () => {
+    filter();
+    remember();
+  };
+  form.addEventListener("input", update);
+  form.addEventListener("submit", (event) => event.preventDefault());
+  form.addEventListener("reset", () => {
+    order = { ...start };
+    setTimeout(() => {
+      sort();
+      update();
+    });
+  });
+  addEventListener("hashchange", () => {
+    recall();
+    sort();
+    filter();
+  });
+  form.hidden = false;
+  recall();
+  sort();
+  filter();
+})();
