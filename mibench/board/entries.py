@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import pandas as pd
 import pyarrow.parquet as pq
+from pydantic import BaseModel
 
 from mibench import __version__
 from mibench.board import layout
@@ -32,7 +33,7 @@ from mibench.board.model import (
     Origin,
     Verification,
 )
-from mibench.errors import BoardError, MibenchError
+from mibench.errors import BoardError, InvalidParamsError, MibenchError
 from mibench.files import (
     Json,
     pretty_json,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from mibench.checks.base import Finding
 
 T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
 Say = Callable[[str], None]
 MOST_ROWS = 10**6
 """Attacked images, at most."""
@@ -99,7 +101,9 @@ def read(root: Path) -> Contents:
     if not root.is_dir() or root.is_symlink():
         raise BoardError(f"there is no leaderboard in {root}; give a folder such as leaderboard/v1")
     for path in _listed(root):
-        if path.is_symlink() or not path.is_dir() or path.name not in layout.INSIDE:
+        if path.is_symlink():
+            wrong.append(f"{path}: it is a link; put the folder itself here")
+        elif not path.is_dir() or path.name not in layout.INSIDE:
             known = ", ".join(layout.INSIDE)
             wrong.append(f"{path}: only the folders {known} belong here; remove it")
     held: dict[str, Held] = {}
@@ -134,7 +138,7 @@ def read_entry(root: Path, record: str) -> Entry:
     path = layout.record_folder(root, record) / layout.ENTRY
     if not layout.ID.fullmatch(record) or not path.is_file():
         raise BoardError(f"there is no record {record!r} in {layout.records(root)}")
-    return build(Entry, _json(path), str(path))
+    return _model(Entry, _json(path), path)
 
 
 def size(root: Path) -> int:
@@ -184,7 +188,7 @@ def _unfit(path: Path, names: tuple[str, ...], most: int) -> Iterator[str]:
 def _whole(folder: Path, say: Say) -> Held | None:
     record = _attempted(lambda: read_record(folder), say)
     entry = _attempted(
-        lambda: build(Entry, _json(folder / layout.ENTRY), str(folder / layout.ENTRY)), say
+        lambda: _model(Entry, _json(folder / layout.ENTRY), folder / layout.ENTRY), say
     )
     if record is None or entry is None:
         return None
@@ -245,7 +249,7 @@ def _best_known(path: Path, held: Mapping[str, Held], say: Say) -> BestKnown | N
     if why := _unfit_of_kind(path, ".json"):
         say(f"{path}: {why}")
         return None
-    found = _attempted(lambda: build(BestKnown, _json(path), str(path)), say)
+    found = _attempted(lambda: _model(BestKnown, _json(path), path), say)
     if found is not None and found.record not in held:
         say(f"{path}: there is no record {found.record!r} on this board")
     return found
@@ -255,7 +259,7 @@ def _advisory(path: Path, say: Say) -> Advisory | None:
     if why := _unfit_of_kind(path, ".yaml"):
         say(f"{path}: {why}")
         return None
-    found = _attempted(lambda: build(Advisory, _yaml(path), str(path)), say)
+    found = _attempted(lambda: _model(Advisory, _yaml(path), path), say)
     if found is not None and found.id != path.stem:
         say(f"{path}: its id is {found.id!r}; it must be the name of the file")
     return found
@@ -273,6 +277,18 @@ def _attempted(call: Callable[[], T], say: Say) -> T | None:
     except MibenchError as error:
         say(str(error))
         return None
+
+
+def _model(cls: type[M], values: Mapping[str, Json], path: Path) -> M:
+    """What a file holds.
+
+    Raises:
+        BoardError: a field is missing, unknown or wrong; all of them are named.
+    """
+    try:
+        return build(cls, values, cls.__name__.lower())
+    except InvalidParamsError as error:
+        raise BoardError(f"{path}: {error}") from error
 
 
 def _json(path: Path) -> dict[str, Json]:

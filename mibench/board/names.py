@@ -13,6 +13,8 @@ from mibench.record import Component, Record
 from mibench.registry import defenses
 
 LONGEST_SLUG = 60
+OTHER_SEED = re.compile(r"seed \d+ is none of the protocol's")
+"""How the deviation of a run of another seed than the protocol's begins."""
 
 
 def label_of(held: Held) -> str:

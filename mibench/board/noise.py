@@ -10,7 +10,7 @@ from torch import Tensor
 from mibench.board import gain as over_noise
 from mibench.board.columns import DIGITS, column, rounded, score_of
 from mibench.board.entries import Held
-from mibench.board.names import defaults_of, word
+from mibench.board.names import OTHER_SEED, defaults_of, word
 from mibench.evaluate import OVER_BUDGET
 from mibench.files import canonical_json
 from mibench.job import SUITE, UNDEFENDED
@@ -217,9 +217,10 @@ def _blank_share(like: Score) -> Score:
 def _off_curve(record: Record) -> bool:
     """Whether a run was not made as the protocol says, so that nothing is compared with it.
 
-    A client that costs too much is still attacked like all others.
+    A client that costs too much is still attacked like all others, and so is another seed.
     """
-    return any(not one.startswith(OVER_BUDGET) for one in record.deviations)
+    told = [one for one in record.deviations if not one.startswith(OVER_BUDGET)]
+    return not all(map(OTHER_SEED.match, told))
 
 
 def _is_noise(record: Record) -> bool:

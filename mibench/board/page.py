@@ -28,6 +28,11 @@ DATASETS = {
 """What datasets are called in headings."""
 PLOTS = (("ssim", "SSIM"), ("reid-top1", "found"))
 """Metrics with a plot of their own."""
+ASSETS = {
+    "index.html": (("board.css", "style.css"), ("tips.js", "board.js")),
+    "row.html": (("row.css", "style.css"), ("tips.js",)),
+}
+"""Styles and scripts that stand in each kind of page; what adapts to the screen comes last."""
 BADGES = {
     Level.CLAIMED: "Its form is right, and its means follow from its values per image.",
     Level.RESCORED: "Its scores were computed again from its images, and its accuracy from its "
@@ -63,7 +68,7 @@ def render(board: Board, root: Path) -> dict[str, bytes]:
     found = {
         INDEX: _page(
             templates,
-            "index.html",
+            INDEX,
             shared,
             title=f"mibench leaderboard {board.version}",
             up="",
@@ -114,7 +119,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _page(templates: jinja2.Environment, name: str, shared: dict[str, Any], **parts: Any) -> bytes:
-    style, script = _asset("style.css"), _asset("board.js")
+    style, script = (Markup("").join(map(_asset, names)) for names in ASSETS[name])
     policy = "; ".join(
         (
             "default-src 'none'",
@@ -126,11 +131,7 @@ def _page(templates: jinja2.Environment, name: str, shared: dict[str, Any], **pa
         )
     )
     text = templates.get_template(name).render(
-        **shared,
-        **parts,
-        policy=policy,
-        style=style,
-        script=script,
+        **shared, **parts, policy=policy, style=style, script=script
     )
     return text.encode()
 
@@ -210,9 +211,16 @@ def _shown(row: Row, known: dict[str, Row]) -> dict[str, Any]:
         "row": row,
         "cells": [(column, column.cell(row)) for column in view.COLUMNS],
         "adversary": view.adversary(row),
+        "remarks": _remarks(row),
         "successor": known.get(row.superseded_by or ""),
         "text": " ".join((row.label, row.attack, row.level, *_credits(row))).lower(),
     }
+
+
+def _remarks(row: Row) -> list[str]:
+    """The reasons that are not told with a link already."""
+    told = [f"Advisory {one.id}:" for one in row.advisories] + [f"Record {row.superseded_by} "]
+    return [reason for reason in row.reasons if not reason.startswith(tuple(told))]
 
 
 def _credits(row: Row) -> list[str]:

@@ -71,7 +71,7 @@ def of_row(one: Listed, root: Path) -> Shown | None:
     for line, image in enumerate(gallery.images):
         caption = f"no. {image}" + (f", {classes[image]}" if image in classes else "")
         crops = [
-            _crop(one, gallery, line, column, caption, scores.get((name, image), ""))
+            _crop(one, gallery, line, column, scores.get((name, image), ""))
             for column, name in enumerate(gallery.columns)
         ]
         lines.append((caption, tuple(crops)))
@@ -92,18 +92,18 @@ def strip(section: Section) -> tuple[Behind, ...]:
             continue
         where = [gallery.images.index(image) for image in range(COMMON)]
         if not found:
-            crops = [_crop(one, gallery, at, 0, f"no. {n}", "") for n, at in enumerate(where)]
+            crops = [_crop(one, gallery, at, 0) for at in where]
             found.append(Behind("original", "", "", tuple(crops)))
         score = row.scores.get(FIRST_CHOICE)
         note = "" if score is None or score.value is None else f"SSIM {words.of(score)}"
-        crops = [_crop(one, gallery, at, 1, f"no. {n}", "") for n, at in enumerate(where)]
+        crops = [_crop(one, gallery, at, 1) for at in where]
         found.append(Behind(row.label, note, row.slug, tuple(crops)))
     return tuple(found) if len(found) > 2 else ()
 
 
-def _crop(one: Listed, gallery: Gallery, line: int, column: int, caption: str, note: str) -> Crop:
+def _crop(one: Listed, gallery: Gallery, line: int, column: int, note: str = "") -> Crop:
     side = gallery.side
-    name = gallery.columns[column]
+    name, image = gallery.columns[column], gallery.images[line]
     return Crop(
         source=f"records/{quote(one.id, safe='')}/{FILE}",
         x=column * side,
@@ -111,7 +111,7 @@ def _crop(one: Listed, gallery: Gallery, line: int, column: int, caption: str, n
         side=side,
         width=len(gallery.columns) * side,
         height=len(gallery.images) * side,
-        alt=f"{HEADS.get(name, name)}: image {caption}",
+        alt=f"{HEADS.get(name, name)}, image {image}",
         note=note,
     )
 

@@ -20,7 +20,7 @@ from mibench.board.model import (
     Row,
     Section,
 )
-from mibench.board.names import label_of, slug_of
+from mibench.board.names import OTHER_SEED, label_of, slug_of
 from mibench.board.noise import Noise
 from mibench.board.rules import Interval
 from mibench.files import Json, content_id
@@ -113,9 +113,9 @@ def _backbone(record: Record) -> str:
 
 
 def _group(held: Held, *, superseded: bool) -> str:
-    """What runs of one row have in common, as a short name."""
-    return content_id({**_made(held), "deviations": held.record.deviations,
-                       "superseded": superseded})  # fmt: skip
+    """What runs of one row have in common, as a short name; they may differ in attack and seed."""
+    departures = [one for one in held.record.deviations if not OTHER_SEED.match(one)]
+    return content_id({**_made(held), "deviations": departures, "superseded": superseded})
 
 
 def _made(held: Held) -> dict[str, Json]:
@@ -202,14 +202,17 @@ def _draft(
 def _headline(runs: Sequence[Held]) -> list[Held]:
     """One run a seed: of the suite, else of the attack that leaks most.
 
-    Of several runs of one attack and seed the first that was made counts, whatever came out.
+    Only the protocol's own seeds count, where there is any, so that nobody adds those that came out
+    well. Of several runs of one attack and seed the first that was made counts, for the same
+    reason.
     """
+    meant = [one for one in runs if not any(map(OTHER_SEED.match, one.record.deviations))]
     by_attack: dict[str, dict[int, Held]] = {}
-    for one in sorted(runs, key=lambda one: (one.record.started, one.listed.id)):
+    for one in sorted(meant or runs, key=lambda one: (one.record.started, one.listed.id)):
         by_attack.setdefault(one.record.attack.name, {}).setdefault(one.record.seed, one)
-    name = SUITE if SUITE in by_attack else max(
-        sorted(by_attack), key=lambda one: _harm(list(by_attack[one].values()))
-    )  # fmt: skip
+    name = SUITE
+    if SUITE not in by_attack:
+        name = max(sorted(by_attack), key=lambda one: _harm(list(by_attack[one].values())))
     return [one for _, one in sorted(by_attack[name].items())]
 
 

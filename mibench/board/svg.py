@@ -14,7 +14,7 @@ from mibench.record import Record, Score
 
 WIDTH, HEIGHT = 470, 370
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 14, 42
-LETTER = 5.6
+LETTER = 6.0
 """Width of a letter of a label, about; labels are placed by it."""
 LINE = 12
 """Height of a label."""
@@ -167,7 +167,11 @@ def tradeoff(section: Section, metric: str, named: str) -> Plot | None:
     Returns:
         None where no row has a value.
     """
-    shown = [row for row in section.rows if _leakage(row, metric).value is not None]
+    shown = [
+        row
+        for row in section.rows
+        if _leakage(row, metric).value is not None and not math.isnan(row.accuracy)
+    ]
     if not shown:
         return None
     curve = [
@@ -178,17 +182,22 @@ def tradeoff(section: Section, metric: str, named: str) -> Plot | None:
     scores = [_leakage(row, metric) for row in shown]
     across = _across([row.accuracy for row in shown] + [accuracy for accuracy, _ in curve])
     up = _up(_ends(scores + [score for _, score in curve]))
-    lines = []
+    lines: list[Line] = []
+    drawn: list[Sequence[tuple[float, float]]] = []
     if len(curve) > 1:
         points = [(across.at(accuracy), up.at(score.value or 0.0)) for accuracy, score in curve]
         lines.append(Line(_points(points), "noise"))
+        drawn.append(points)
     front = sorted(
         (across.at(row.accuracy), up.at(_leakage(row, metric).value or 0.0))
         for row in shown
         if row.pareto
     )
-    if len(front) > 1 and metric == FRONT:
-        lines.append(Line(_points(_steps(front)), "front"))
+    # The front is of both leakages together. In one of them alone it need not be an edge.
+    if len(front) > 1 and all(y >= next_y for (_, y), (_, next_y) in itertools.pairwise(front)):
+        steps = list(_steps(front))
+        lines.append(Line(_points(steps), "front"))
+        drawn.append(steps)
     marks = [_row_mark(row, _leakage(row, metric), named, across, up) for row in shown]
     order = sorted(range(len(marks)), key=lambda at: _importance(shown[at], at))
     return Plot(
@@ -202,12 +211,10 @@ def tradeoff(section: Section, metric: str, named: str) -> Plot | None:
             Tick(coordinate(up.at(1.0)), "no defense"),
         ),
         lines=tuple(lines),
-        marks=tuple(sorted(_labelled([marks[at] for at in order]), key=lambda mark: -mark.r)),
+        marks=tuple(
+            sorted(_labelled([marks[at] for at in order], drawn), key=lambda mark: -mark.r)
+        ),
     )
-
-
-FRONT = "ssim"
-"""Metric that the Pareto front of the rows is about."""
 
 
 def _importance(row: Row, at: int) -> tuple[bool, bool, bool, int]:
@@ -322,17 +329,22 @@ def _ends(scores: Iterable[Score]) -> list[float]:
 _Box = tuple[float, float, float, float]
 
 
-def _labelled(marks: Sequence[Mark]) -> list[Mark]:
-    """Gives each mark's label a place where it covers nothing, in order; the rest have none."""
+def _labelled(marks: Sequence[Mark], drawn: Iterable[Sequence[tuple[float, float]]]) -> list[Mark]:
+    """Gives each mark's label a place, in order; those that would cover another one get none.
+
+    Args:
+        marks: whose labels.
+        drawn: corners of lines that labels avoid where they can.
+    """
+    lines = [bit for corners in drawn for bit in _along(corners)]
     taken: list[_Box] = [
         (mark.x - mark.r, mark.y - mark.r, mark.x + mark.r, mark.y + mark.r) for mark in marks
     ]
     placed = []
     for own, mark in enumerate(marks):
-        width = LETTER * len(mark.label)
-        for x, y, anchor in _places(mark):
-            left = {"start": x, "middle": x - width / 2, "end": x - width}[anchor]
-            box = (left, y - LINE + 3, left + width, y + 2)
+        found = [(place, _box(mark, *place)) for place in _places(mark)]
+        found.sort(key=lambda one: any(_overlap(one[1], bit) for bit in lines))
+        for (x, y, anchor), box in found:
             inside = (
                 box[0] >= LEFT and box[2] <= WIDTH and box[1] >= 0 and box[3] <= HEIGHT - BOTTOM
             )
@@ -346,6 +358,21 @@ def _labelled(marks: Sequence[Mark]) -> list[Mark]:
         else:
             placed.append(replace(mark, label=""))
     return placed
+
+
+def _box(mark: Mark, x: float, y: float, anchor: str) -> _Box:
+    width = LETTER * len(mark.label)
+    left = {"start": x, "middle": x - width / 2, "end": x - width}[anchor]
+    return left, y - LINE + 3, left + width, y + 2
+
+
+def _along(corners: Sequence[tuple[float, float]]) -> Iterable[_Box]:
+    """A line as a row of small boxes."""
+    for (x, y), (next_x, next_y) in itertools.pairwise(corners):
+        count = max(1, int(math.hypot(next_x - x, next_y - y) / 6))
+        for step in range(count + 1):
+            at_x, at_y = x + (next_x - x) * step / count, y + (next_y - y) * step / count
+            yield at_x - 1, at_y - 1, at_x + 1, at_y + 1
 
 
 def _places(mark: Mark) -> Iterable[tuple[float, float, str]]:

@@ -38,6 +38,11 @@ def render(board: Board) -> dict[str, bytes]:
     }
 
 
+def _plain(text: str) -> str:
+    """Text on one line, without what cannot be printed."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 # --- words ---------------------------------------------------------------------------------------
 
 
@@ -113,7 +118,7 @@ _PLAIN = set(" .,()=-%/+:'")
 def markdown_escaped(text: str) -> str:
     """Text that shows as itself in Markdown: no mark-up, no link, no cell, no person named."""
     out = []
-    for c in " ".join(text.split()):
+    for c in _plain(text):
         if c.isalnum() or c in _PLAIN:
             out.append(c)
         else:
@@ -182,7 +187,7 @@ _LATEX = {
 
 def latex_escaped(text: str) -> str:
     """Text that shows as itself in LaTeX, and does nothing."""
-    return "".join(_LATEX.get(c, c) for c in " ".join(text.split()) if c.isprintable())
+    return "".join(_LATEX.get(c, c) for c in _plain(text))
 
 
 def as_latex(board: Board) -> str:
@@ -210,7 +215,7 @@ def as_latex(board: Board) -> str:
 
 def csv_safe(text: str) -> str:
     """Text that no spreadsheet takes for a formula."""
-    plain = " ".join(text.split())
+    plain = _plain(text)
     return f"'{plain}" if plain[:1] in ("=", "+", "-", "@") else plain
 
 

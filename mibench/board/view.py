@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +14,7 @@ from pydantic import JsonValue
 from mibench.board import words
 from mibench.board.model import BestKnown, Board, Level, Listed, Row
 from mibench.files import canonical_json
+from mibench.params import parse_yaml
 from mibench.record import Component, Record, Score
 
 NAMES = {
@@ -20,6 +23,7 @@ NAMES = {
 }  # fmt: skip
 """What metrics are called on the pages."""
 UNSCORED = "not scored under this protocol"
+UNKNOWN = "the record has no accuracy"
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def score_cell(score: Score | None, why: str = UNSCORED) -> Cell:
 
 def _rank(row: Row) -> Cell:
     if row.rank is None:
-        return Cell(words.DASH, why="; ".join(row.reasons) or "not ranked")
+        return Cell(words.DASH, why=" ".join(row.reasons) or "not ranked")
     best, worst = row.rank
     text = str(best) if best == worst else f"{best}–{worst}"
     return Cell(text, value=words.sortable(best + worst / 1000))
@@ -87,7 +91,15 @@ def _accuracy(row: Row) -> Cell:
         found = words.found(row.headline[0].record.utility, "accuracy")
         if found is not None and found.ci_low is not None and found.ci_high is not None:
             note = words.between(100 * found.ci_low, 100 * found.ci_high, 1)
+    if math.isnan(row.accuracy):
+        return Cell(words.DASH, why=UNKNOWN)
     return Cell(words.number(100 * row.accuracy, 1), note, value=words.sortable(row.accuracy))
+
+
+def _lost(row: Row) -> Cell:
+    if math.isnan(row.drop):
+        return Cell(words.DASH, why=UNKNOWN)
+    return Cell(words.number(row.drop, 1), value=words.sortable(row.drop))
 
 
 def _scored(metric: str) -> Callable[[Row], Cell]:
@@ -133,8 +145,8 @@ def _seeds(row: Row) -> Cell:
 
 
 COLUMNS = (
-    Column("rank", "Rank", "", "Place by leakage among the ranked rows of this protocol. A range "
-           "where intervals overlap: those rows cannot be told apart.", _rank),
+    Column("rank", "Rank", "", "Place by the larger leakage among the ranked rows of this protocol. "
+           "A range where intervals overlap: those rows cannot be told apart.", _rank),
     Column("defense", "Defense", "", "Name, and the parameters that differ from its defaults. "
            "Leads to its page.", lambda row: Cell(row.label, value=row.label), text=True),
     Column("badge", "Badge", "", "How far others than its authors have verified the row: claimed, "
@@ -144,8 +156,7 @@ COLUMNS = (
            "rightly, with the defense on. Below it the 95 % interval.", _accuracy,
            descending=True),
     Column("drop", "Lost", "Task, %", "Points of accuracy lost against the undefended model of "
-           "the same run. More than 3 take the rank.",
-           lambda row: Cell(words.number(row.drop, 1), value=words.sortable(row.drop))),
+           "the same run. More than 3 take the rank.", _lost),
     Column("ssim", "SSIM", "Worst case over attacks", "Structural similarity of original and "
            "reconstruction, of the worst attack for each image. Higher: more has leaked.",
            _scored("ssim")),
@@ -372,8 +383,13 @@ def _called(component: Component) -> str:
     return component.location or component.name
 
 
+_BARE = re.compile(r"[A-Za-z_][\w./-]*")
+
+
 def _setting(value: JsonValue) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    """A value as ``--set`` reads it: YAML, in which a plain word needs no quotes."""
+    plain = isinstance(value, str) and _BARE.fullmatch(value) and parse_yaml(value, "") == value
+    return str(value) if plain else json.dumps(value, ensure_ascii=False)
 
 
 def same_defense(board: Board, row: Row) -> list[Row]:

@@ -156,8 +156,15 @@ def summed(values, table):
 
 
 def _summary(values, like, draws):
-    mean = estimate_mean(values, draws)
     way = "higher" if like["higher_is_better"] else "lower"
+    return dict(_summary_of(tuple(values.tolist()), way, draws))
+
+
+@functools.lru_cache(maxsize=1000)
+def _summary_of(values, way, draws):
+    """The attacks of a made-up suite are all alike, so that most of them are known already."""
+    values = torch.tensor(values, dtype=torch.float64)
+    mean = estimate_mean(values, draws)
     return {"value": mean.value, "ci_low": mean.low, "ci_high": mean.high, "n": mean.n,
             **spread(values, way)}  # fmt: skip
 

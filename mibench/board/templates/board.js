@@ -1,53 +1,13 @@
 "use strict";
-// Sorting, filtering and tooltips. Without this script the page shows the same, in order of rank.
+// Sorting and filtering. Without this script the page shows the same, in order of rank.
 (() => {
   const all = (query, from = document) => [...from.querySelectorAll(query)];
   const tables = all("table.board");
   const form = document.querySelector("form.filters");
-
-  // --- tooltips: what the browser would tell on hover, and by keyboard and touch as well ---------
-  const tip = document.createElement("div");
-  tip.id = "tip";
-  tip.setAttribute("role", "tooltip");
-  tip.hidden = true;
-  document.body.append(tip);
-
-  const tell = (element) => {
-    tip.replaceChildren(
-      ...element.dataset.tip.split("\n").map((text) => {
-        const line = document.createElement("div");
-        line.textContent = text;
-        return line;
-      }),
-    );
-    tip.hidden = false;
-    const box = element.getBoundingClientRect();
-    const width = Math.min(tip.offsetWidth, innerWidth - 16);
-    const left = Math.min(Math.max(8, box.left + box.width / 2 - width / 2), innerWidth - width - 8);
-    const above = box.top - tip.offsetHeight - 8;
-    tip.style.left = `${left + scrollX}px`;
-    tip.style.top = `${(above > 8 ? above : box.bottom + 8) + scrollY}px`;
+  const whole = (row) => {
+    const next = row.nextElementSibling;
+    return next?.classList.contains("remarks") ? [row, next] : [row]; // its remarks go with it
   };
-  const hush = () => {
-    tip.hidden = true;
-  };
-  for (const element of all("[title]")) {
-    element.dataset.tip = element.getAttribute("title");
-    element.removeAttribute("title");
-  }
-  for (const title of all("svg .mark > title")) {
-    title.parentElement.dataset.tip = title.textContent;
-    title.remove();
-  }
-  for (const element of all("[data-tip]")) {
-    element.addEventListener("pointerenter", () => tell(element));
-    element.addEventListener("pointerleave", hush);
-    element.addEventListener("focusin", () => tell(element));
-    element.addEventListener("focusout", hush);
-  }
-  addEventListener("keydown", (event) => {
-    if (event.key === "Escape") hush();
-  });
 
   if (!form) return;
 
@@ -97,7 +57,7 @@
           keys.every((key) => !wanted.get(key) || row.dataset[key] === wanted.get(key)) &&
           text.every((word) => row.dataset.text.includes(word)) &&
           (!wanted.get("ranked") || row.dataset.ranked === "yes");
-        row.hidden = !fits;
+        for (const one of whole(row)) one.hidden = !fits;
         here += fits;
         total += 1;
         const mark = section.querySelectorAll(`.mark[data-row="${CSS.escape(row.dataset.row)}"]`);
@@ -133,7 +93,7 @@
         const rows = all("tr[data-text]", body);
         const first = new Map(rows.map((row) => [row, Number(row.dataset.order)]));
         rows.sort((one, other) => compare(one, other) || first.get(one) - first.get(other));
-        body.append(...rows);
+        body.append(...rows.flatMap(whole));
       }
     }
   };
