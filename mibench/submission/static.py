@@ -432,8 +432,16 @@ def _supersedes(look: _Look, values: Mapping[str, Json], contents: Mapping[str, 
     earlier = values.get("supersedes")
     if not isinstance(earlier, str) or not re.fullmatch(NAME, earlier):
         return
-    if not (look.folder.resolve().parent / earlier / FILE).is_file():
+    there = look.folder.resolve().parent / earlier / FILE
+    if not there.is_file():
         look.said(("supersedes",), f"there is no submission {earlier!r} beside this one")
+        return
+    theirs = read_marked(there.read_bytes()[:MAX_TEXT].decode("utf-8", errors="replace")).values
+    had = theirs.get("authors") if isinstance(theirs, Mapping) else None
+    has = values.get("authors")
+    if isinstance(had, list) and isinstance(has, list) and not any(one in had for one in has):
+        words = f"none of the authors of {earlier!r} is among the authors here"
+        look.said(("supersedes",), words)
 
 
 def _weights(look: _Look, values: Mapping[str, Json], contents: Mapping[str, bytes]) -> None:

@@ -215,9 +215,13 @@ def _claimed(
         paper=submission.paper,
         code=submission.code,
         licence=submission.licence,
+        supersedes=submission.supersedes,
     )
     claims = submission.claims.get(record.protocol.id, {})
-    entries.add(run, root, origin, claims, data_root=data_root, store=store)
+    entry = entries.add(run, root, origin, claims, data_root=data_root, store=store)
+    if entry.origin != origin:
+        who = entry.origin.submission or "mibench itself"
+        raise SubmissionError([f"record {record.id} is on the board already, as one of {who}"])
     form = CheckLine(
         check="submission",
         verdict="passed",

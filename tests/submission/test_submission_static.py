@@ -290,6 +290,16 @@ def test_names_of_neighbours(folder):
     assert "see other/submission.yaml:3" in text
 
 
+def test_a_submission_takes_the_place_of_one_by_the_same_authors(folder):
+    create("earlier", folder.parent, "defense", "Earlier", "Ada L.")
+    change(folder, ("# supersedes: an-earlier-submission", "supersedes: earlier"))
+    assert told(folder) == []
+    change(folder, ("Ada L.", "Bob"))
+    _, line, text = only(folder)
+    assert line == line_of(folder, "supersedes")
+    assert "none of the authors of 'earlier'" in text
+
+
 def test_weights(folder):
     data = save({"basis": torch.zeros(3, 2)})
     (folder / "basis.safetensors").write_bytes(data)
