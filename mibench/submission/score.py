@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from pydantic import JsonValue
 
@@ -25,6 +26,10 @@ WEIGHTS = "weights"
 """Folder of a run with the trained defense, as the cache keeps it; accuracy follows from it."""
 
 
+Chosen: TypeAlias = tuple[str, Mapping[str, JsonValue]]
+"""Name or place of a component, and its parameters."""
+
+
 @dataclass(frozen=True)
 class Turn:
     """One run of a submission.
@@ -40,8 +45,8 @@ class Turn:
     key: str
     protocol: str
     seed: int
-    defense: tuple[str, Mapping[str, JsonValue]]
-    attack: tuple[str, Mapping[str, JsonValue]]
+    defense: Chosen
+    attack: Chosen
 
     def words(self) -> list[str]:
         """Arguments of ``mibench`` that make this run, without folder, device and images."""
@@ -61,7 +66,8 @@ def turns(folder: Path, submission: Submission, attack: str | None = None) -> li
         submission: what it says.
         attack: for a defense, one attack instead of the suite.
     """
-    own = (place(folder, submission), submission.params)
+    own: Chosen = (place(folder, submission), submission.params)
+    pairs: list[tuple[Chosen, Chosen, str]]
     if submission.kind == "defense":
         met = attack or SUITE
         pairs = [(own, (met, {}), met)]
@@ -126,8 +132,8 @@ def score(
     """
     submission = load(folder)
     chosen = turns(folder, submission, attack)
-    for one in {one.protocol for one in chosen}:
-        refuse_missing_images(one, data_root)
+    for protocol in submission.protocols:
+        refuse_missing_images(protocol, data_root)
     made = []
     for one in chosen:
         target = out / one.key
