@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -65,6 +65,14 @@ class BoardError(MibenchError):
 
 class UnavailableError(MibenchError):
     """Something that had to be downloaded and cannot be had here; the message says what to do."""
+
+
+class SubmissionError(MibenchError):
+    """A submission that is refused; ``lines`` holds everything that is wrong, a line each."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__("; ".join(lines))
+        self.lines = tuple(lines)
 
 
 @contextmanager

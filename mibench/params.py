@@ -250,37 +250,59 @@ def build(cls: type[P], values: Mapping[str, Json], owner: str) -> P:
         InvalidParamsError: If a key is unknown or missing, or a value of a wrong type or out of
             range. The message is one line and names every wrong key.
     """
+    found, problems = attempt(cls, values, owner)
+    if found is None:
+        raise InvalidParamsError("; ".join(text for _, text in problems))
+    return found
+
+
+def attempt(
+    cls: type[P], values: Mapping[str, Json], owner: str
+) -> tuple[P | None, list[tuple[tuple[int | str, ...], str]]]:
+    """Check values like `build`, and return what is wrong instead of raising it.
+
+    Args:
+        cls: The parameters' class.
+        values: Keys and values as YAML or JSON holds them.
+        owner: What the parameters belong to; begins every path in a message.
+
+    Returns:
+        The frozen parameters, or None; and for each problem its place and one line of text.
+    """
     try:
         # By way of JSON, for that is where strict pydantic takes a list for a tuple.
         text = json.dumps(_read_exponents(values, cls), default=_plain)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidParamsError(f"{owner}: {' '.join(str(error).split())}") from error
+        return None, [((), f"{owner}: {' '.join(str(error).split())}")]
     try:
-        return cls.model_validate_json(text)
+        return cls.model_validate_json(text), []
     except ValidationError as error:
         found = error.errors(include_url=False)
         # the branches of one union complain one by one: one line of them is enough
-        lines = dict.fromkeys(_explain(item, cls, owner) for item in found)
-        raise InvalidParamsError("; ".join(lines)) from error
+        lines = {_explain(item, cls, owner): item["loc"] for item in reversed(found)}
+        return None, [(place, line) for line, place in reversed(lines.items())]
 
 
 # --- YAML ---------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
+class CoreLoader(yaml.SafeLoader):
     """YAML 1.2's core schema: 1e-3 is a number; no, 12:30 and 2020-01-01 are text."""
 
     # its own table: the base's holds what version 1.1 took for numbers, dates and booleans
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - declared so by PyYAML
 
     def core_int(self, node: yaml.ScalarNode) -> int:
+        """An integer, also in base 8 and 16."""
         text = str(self.construct_scalar(node))
         return int(text, {"0x": 16, "0o": 8}.get(text[:2], 10))
 
     def core_float(self, node: yaml.ScalarNode) -> float:
+        """A number, also infinite or none."""
         return float(re.sub(r"\.(inf|nan)$", r"\1", str(self.construct_scalar(node)).lower()))
 
     def unique_mapping(self, node: yaml.MappingNode) -> dict[str, Json]:
+        """A mapping whose keys are strings, each there once."""
         found: dict[str, Json] = {}
         for key_node, value_node in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -303,10 +325,10 @@ for _name, _pattern, _first in (
         list("-+.0123456789"),
     ),
 ):
-    _Loader.add_implicit_resolver(_TAG + _name, re.compile(rf"(?:{_pattern})$"), _first)
-_Loader.add_constructor(_TAG + "int", _Loader.core_int)
-_Loader.add_constructor(_TAG + "float", _Loader.core_float)
-_Loader.add_constructor(_TAG + "map", _Loader.unique_mapping)
+    CoreLoader.add_implicit_resolver(_TAG + _name, re.compile(rf"(?:{_pattern})$"), _first)
+CoreLoader.add_constructor(_TAG + "int", CoreLoader.core_int)
+CoreLoader.add_constructor(_TAG + "float", CoreLoader.core_float)
+CoreLoader.add_constructor(_TAG + "map", CoreLoader.unique_mapping)
 
 
 def _is_json(value: object) -> bool:
@@ -331,7 +353,7 @@ def parse_yaml(text: str, source: str) -> Json:
         InvalidParamsError: If it is not YAML, has a key twice, or holds what JSON cannot.
     """
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader underneath
+        value = yaml.load(text, Loader=CoreLoader)  # noqa: S506 - a SafeLoader underneath
         if not _is_json(value):
             raise yaml.MarkedYAMLError(problem="only plain values, lists and mappings may be there")
     except Exception as error:  # tags such as !!timestamp make PyYAML raise nearly anything

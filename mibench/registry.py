@@ -132,7 +132,8 @@ def _same_place(one: type, other: type) -> bool:
     return one.__module__ == other.__module__ or (file is not None and file == _file_of(other))
 
 
-def _dashed(class_name: str) -> str:
+def dashed(class_name: str) -> str:
+    """The name of a class that has none of its own: ``ChannelNoise`` is ``channel-noise``."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|_", "-", class_name).lower()
 
 
@@ -489,7 +490,7 @@ class Registry(Generic[T]):
             lacks = f"has no class {class_name!r}" if class_name else "needs a class: write :Class"
             raise PluginError(f"{where} {lacks}; {hint(class_name, own)}")
         cls = self._checked(getattr(module, class_name), name)
-        label = str(vars(cls).get("name", _dashed(cls.__name__)))
+        label = str(vars(cls).get("name", dashed(cls.__name__)))
         taken = self._builtin.get(label)
         if taken is not None and not self._is_builtin(taken, cls):
             raise PluginError(

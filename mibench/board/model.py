@@ -40,6 +40,7 @@ class Origin(_Part):
         paper: where it was published: an arXiv number, a DOI or an address.
         code: address of the authors' own code.
         licence: SPDX identifier of the submitted code and weights.
+        supersedes: name of an earlier submission that this one takes the place of.
     """
 
     kind: Literal["builtin", "submission"] = "builtin"
@@ -49,6 +50,7 @@ class Origin(_Part):
     paper: str | None = None
     code: str | None = None
     licence: str | None = None
+    supersedes: str | None = None
 
 
 class CheckLine(_Part):

@@ -154,6 +154,25 @@ def _superseded(held: Mapping[str, Held]) -> dict[str, str]:
         far = levels.index(one.listed.entry.level) >= levels.index(other.listed.entry.level)
         if same and far:
             found[other.listed.id] = name
+    return found | _by_submission(held)
+
+
+def _by_submission(held: Mapping[str, Held]) -> dict[str, str]:
+    """The same where a later submission of the same authors takes the place of an earlier one."""
+    found = {}
+    levels = list(Level)
+    for name, one in sorted(held.items()):
+        ours = one.listed.entry.origin
+        for other in held.values():
+            theirs = other.listed.entry.origin
+            if ours.supersedes is None or theirs.submission != ours.supersedes:
+                continue
+            alike = one.record.seed == other.record.seed
+            alike = alike and one.record.protocol.content == other.record.protocol.content
+            alike = alike and one.record.attack.name == other.record.attack.name
+            far = levels.index(one.listed.entry.level) >= levels.index(other.listed.entry.level)
+            if alike and far and set(ours.authors) & set(theirs.authors):
+                found[other.listed.id] = name
     return found
 
 

@@ -45,6 +45,20 @@ def find(state: State, header: Mapping[str, Any], tensors: Tensors) -> Answer:  
     return {"found": found}, {}
 
 
+@handles("component.code")
+def code(state: State, header: Mapping[str, Any], tensors: Tensors) -> Answer:  # noqa: ARG001
+    """Tells the hash that a record gives of a component's code: ``kind``, ``name``, ``params``.
+
+    Answers:
+        ``code``.
+    """
+    # Takes seconds to import, and few need it.
+    from mibench.evaluate import component_of
+
+    found: Any = REGISTRIES[header["kind"]].load(header["name"])
+    return {"code": component_of(found, header["name"], header.get("params") or {}).code}, {}
+
+
 @handles("component.load")
 def load(state: State, header: Mapping[str, Any], tensors: Tensors) -> Answer:  # noqa: ARG001
     """Imports a component: ``kind``, ``name`` (or ``file.py:Class``) and its ``params``.

@@ -25,7 +25,7 @@ from mibench.defenses.base import Defense, Shares, divided
 from mibench.errors import InvalidParamsError
 from mibench.metrics.cost import client_cost, count_parameters
 from mibench.protocol import Recipe
-from mibench.task import Classification
+from mibench.task import Attributes, Classification
 from mibench.training import Step
 from mibench.utility import client_flops
 
@@ -38,7 +38,8 @@ def build(state: State, header: Mapping[str, Any], tensors: Tensors) -> Answer: 
     """Builds the loaded class around a fresh backbone, as `mibench.deployment.build_defense` does.
 
     Takes ``backbone``, ``backbone_params``, ``split_point``, ``image_shape``, ``classes`` and
-    ``seed``. Leaves the defense, in evaluation mode, in ``state.parts["defense"]``.
+    ``seed``; with ``attributes``, the classes are attributes. Leaves the defense, in evaluation
+    mode, in ``state.parts["defense"]``.
 
     Answers:
         ``servers``, names of ``phases``, ``feature_shape``, ``misfit`` (why it cannot be built on
@@ -46,7 +47,8 @@ def build(state: State, header: Mapping[str, Any], tensors: Tensors) -> Answer: 
         ``client`` and is ``own`` (the defense's, not the backbone's).
     """
     spec = BackboneSpec(header["backbone"], header["backbone_params"], header["split_point"])
-    shape, task = tuple(header["image_shape"]), Classification(tuple(header["classes"]))
+    shape, kind = tuple(header["image_shape"]), Attributes if header.get("attributes") else None
+    task = (kind or Classification)(tuple(header["classes"]))
     split = spec.build(shape, task, header["seed"])
     inherited = {id(one) for one in split.parameters()}
     method = state.parts["class"]

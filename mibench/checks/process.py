@@ -123,7 +123,7 @@ class Nursery:
             self._process = subprocess.Popen(  # noqa: S603 - this very interpreter
                 [sys.executable, "-P", "-m", "mibench.checks.host", str(theirs.fileno()), *preload],
                 pass_fds=[theirs.fileno()],
-                env=_environment(self.folder),
+                env=environment(self.folder),
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
@@ -174,7 +174,7 @@ class Nursery:
         config: dict[str, Json] = {
             "folder": str(folder),
             "limits": limits.described(),
-            "readable": [str(path) for path in (*_of_python(), *readable)],
+            "readable": [str(path) for path in (*of_python(), *readable)],
         }
         ours, theirs = socket.socketpair()
         output, printed = os.pipe()
@@ -259,7 +259,7 @@ class Process:
         """Waits until the process has confined itself."""
         header, _ = self._receive(time.monotonic() + START_SECONDS)
         self.confined = header.get("ok", {})
-        self._base = _memory(self._number) or 0
+        self._base = resident_bytes(self._number) or 0
 
     def ask(
         self,
@@ -372,7 +372,7 @@ class Process:
                 f"the {self.role} did not answer within its time "
                 f"({limits.seconds:.0f} s for most requests) and was stopped",
             )
-        used = _memory(self._number)
+        used = resident_bytes(self._number)
         # The kernel's own limit comes first where there is one; this holds for shared memory too.
         if used is not None and used - self._base > 1.2 * limits.memory_bytes:
             self._break(
@@ -487,7 +487,7 @@ def isolation(confined: Mapping[str, Any]) -> str:
     return said
 
 
-def _environment(folder: Path) -> dict[str, str]:
+def environment(folder: Path) -> dict[str, str]:
     """Returns what a component's process sees of the environment: nothing that is a secret."""
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL") if name in os.environ}
     # Where this very package lies, and what the caller has on its path.
@@ -508,7 +508,7 @@ def _python_path() -> list[str]:
     return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
-def _of_python() -> list[Path]:
+def of_python() -> list[Path]:
     """Returns the folders that Python and this package are read from."""
     found = [Path(mibench.__file__).parent, Path(sys.prefix), Path(sys.base_prefix)]
     found += [Path(path) for path in site.getsitepackages()]
@@ -516,18 +516,18 @@ def _of_python() -> list[Path]:
     return [path.resolve() for path in found if path.exists()]
 
 
-def _memory(number: int) -> int | None:
+def resident_bytes(number: int) -> int | None:
     """Returns the resident memory of a process in bytes, where the system tells."""
     try:
         pages = Path(f"/proc/{number}/statm").read_text(encoding="ascii").split()[1]
     except FileNotFoundError:
-        return _asked_memory(number) if sys.platform == "darwin" else None
+        return _asked_bytes(number) if sys.platform == "darwin" else None
     except (OSError, IndexError):
         return None
     return int(pages) * resource.getpagesize()
 
 
-def _asked_memory(number: int) -> int | None:
+def _asked_bytes(number: int) -> int | None:
     asked = subprocess.run(  # noqa: S603 - a fixed command
         ["/bin/ps", "-o", "rss=", "-p", str(number)], capture_output=True, check=False, text=True
     )

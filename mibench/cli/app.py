@@ -23,6 +23,7 @@ from mibench.cli import (
     rescore,
     run,
     show,
+    submission,
     sweep,
 )
 from mibench.errors import MibenchError
@@ -85,6 +86,7 @@ app.command("reproduce")(reproduce.reproduce)
 app.command("rescore")(rescore.rescore)
 app.add_typer(protocols.app, name="protocols")
 app.add_typer(prior.app, name="prior")
+app.add_typer(submission.app, name="submission")
 app.add_typer(board.app, name="board")
 app.add_typer(challenge.app, name="challenge")
 app.command("doctor")(doctor.doctor)

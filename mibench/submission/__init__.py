@@ -1,0 +1,1 @@
+"""Defenses and attacks from outside: their form, their scores, and three levels of trust."""
