@@ -32,7 +32,8 @@ from mibench.submission import score as scoring
 from mibench.submission import verify as verifying
 from mibench.submission.verify import verify
 
-pytestmark = pytest.mark.slow
+# Whole runs in the sandbox, each half a minute on a machine with nothing else to do.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 def quick(nursery, target, params, progress):
