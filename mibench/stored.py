@@ -15,7 +15,7 @@ from torch import Tensor
 
 _HEAD = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
 """How every PNG begins; after it stand width, height, bits of a value, and the kind of colour."""
-_KINDS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
+_KINDS = {0: "L", 2: "RGB", 3: "P", 4: "LA", 6: "RGBA"}
 
 
 def to_bytes(images: Tensor) -> list[np.ndarray]:

@@ -64,9 +64,9 @@ def folder(path):
 SPOILT = {
     "missing": (lambda path: path.unlink(), "0003.png is missing"),
     "size": (lambda path: picture(path, 16), "0003.png is 16x16 RGB, not 32x32 RGB"),
-    "grey": (lambda path: picture(path, mode="L"), "0003.png is 32x32 grey, not 32x32 RGB"),
+    "grey": (lambda path: picture(path, mode="L"), "0003.png is 32x32 L, not 32x32 RGB"),
     "alpha": (lambda path: picture(path, mode="RGBA"), "0003.png is 32x32 RGBA, not"),
-    "palette": (lambda path: picture(path, mode="P"), "0003.png is 32x32 palette of 1 bits, not"),
+    "palette": (lambda path: picture(path, mode="P"), "0003.png is 32x32 P of 1 bits, not"),
     "deep": (sixteen_bits, "0003.png is 32x32 RGB of 16 bits, not 32x32 RGB"),
     "text": (lambda path: path.write_text("no picture"), "0003.png is no readable PNG"),
     "empty": (lambda path: path.write_bytes(b""), "0003.png is no readable PNG"),
