@@ -290,9 +290,9 @@ def page(cards: Sequence[Card], attack_cards: Sequence[AttackCard] = ()) -> str:
         "parameters used here, what was measured, and where this implementation differs. This page",
         "is written from the cards by `python -m mibench.cards`.",
         "",
-        "Ranks, recognition and pictures are on the [leaderboard](../docs/leaderboard.md). What was",
-        "measured here is older: on another machine, one seed, before images were scored in 8 bits;",
-        "above 40 dB, values are now 0.1 to 0.4 dB lower.",
+        "Ranks, recognition and pictures are on the [leaderboard](../docs/leaderboard.md). What",
+        "was measured here is older: on another machine, one seed, before images were scored in 8",
+        "bits. Above 40 dB, values are now 0.1 to 0.4 dB lower.",
         "",
     ]
     rows = []
