@@ -78,11 +78,7 @@ class Noise:
             return over_noise.nothing(like, "it is the noise that others are compared with")
         if like.value is None:
             return over_noise.nothing(like, like.reason)
-        mine = {
-            one.record.seed: one
-            for one in reversed(runs)
-            if self.attack in _attacks(one) and not _off_curve(one.record)
-        }
+        mine = self._of_the_attack(runs)
         if not mine:
             reason = f"it was not attacked with {self.attack}, as noise was"
             if any(_off_curve(one.record) for one in runs):
@@ -101,6 +97,26 @@ class Noise:
             )
         score = over_noise.gain(pairs, like, interval_seed(record.seed), self.attack)
         return score.model_copy(update=rounded(score.model_dump()))
+
+    def leakage(self, runs: Sequence[Held], like: Score) -> float | None:
+        """What a row leaks under the curve's attack, mean over seeds; None where it never met it.
+
+        Args:
+            runs: all that there are of the row, the headline first.
+            like: the score of the metric that is asked for.
+        """
+        if self.attack is None:
+            return None
+        point = self._point(list(self._of_the_attack(runs).values()), like)
+        return None if point is None else point[1].value
+
+    def _of_the_attack(self, runs: Sequence[Held]) -> dict[int, Held]:
+        """Runs of a row that met the curve's attack, alone or in a suite, by seed."""
+        return {
+            one.record.seed: one
+            for one in reversed(runs)
+            if self.attack in _attacks(one) and not _off_curve(one.record)
+        }
 
     def _compared(self, one: Held, like: Score) -> over_noise.Compared | None:
         """A run beside the noise of the same seed and images."""
@@ -159,7 +175,7 @@ class Noise:
         return {name: [one for _, one in sorted(runs.items())] for name, runs in found.items()}
 
     def _point(self, runs: Sequence[Held], like: Score) -> tuple[float, Score] | None:
-        """One strength: accuracy and leakage under the curve's attack, over its seeds."""
+        """Accuracy and leakage under the curve's attack, over the seeds of a row or a strength."""
         assert self.attack is not None
         columns, right = [], []
         for one in runs:

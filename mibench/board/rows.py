@@ -91,7 +91,7 @@ def _section(held: Sequence[Held], contents: Contents, taken: Mapping[str, str])
     drafts = [
         replace(one, row=replace(one.row, gain=noise.gain(one.record, one.all))) for one in drafts
     ]
-    rows = _ordered(_with_front(_with_places(drafts)))
+    rows = _ordered(_with_front(_with_places(drafts), noise))
     first = next((one for one in drafts if one.record.attack.name == SUITE), drafts[0]).record
     return Section(
         protocol=first.protocol,
@@ -272,26 +272,33 @@ def _with_places(drafts: Sequence[_Draft]) -> list[_Draft]:
     return [replace(one, row=replace(one.row, rank=ranks.get(at))) for at, one in enumerate(drafts)]
 
 
-def _with_front(drafts: Sequence[_Draft]) -> list[_Draft]:
-    """Marks the front among rows that met the same attacks on the same images.
+def _with_front(drafts: Sequence[_Draft], noise: Noise) -> list[_Draft]:
+    """Marks the front among rows of the same images, by the attack that all of them met.
 
-    Those of the suite where there are any; else those of the attack that most rows met.
+    That is the attack of the noise curve, alone or in a suite; where no noise was measured, the
+    suite, or the attack that most rows met.
     """
     fit = [
-        at for at, one in enumerate(drafts)
+        one for one in drafts
         if one.lacks <= ON_FRONT_WITHOUT and one.key is not None and not isnan(one.row.accuracy)
     ]  # fmt: skip
-    sets: dict[tuple[str, str], list[int]] = {}
-    for at in fit:
-        record = drafts[at].record
-        sets.setdefault((record.attack.name, record.manifest or ""), []).append(at)
+    sets: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
+    for one in fit:
+        key, attack = cast("Interval", one.key).value, one.record.attack.name
+        if noise.attack is not None:
+            found = [noise.leakage(one.all, s) for s in one.record.scores if s.metric in rules.KEYS]
+            known = [value for value in found if value is not None]
+            if len(known) < len(found) or not known:
+                continue
+            key, attack = max(known), noise.attack
+        manifest = one.record.manifest or ""
+        sets.setdefault((attack, manifest), {})[one.row.slug] = (one.row.accuracy, key)
     if not sets:
         return list(drafts)
     chosen = sets[max(sets, key=lambda one: (one[0] == SUITE, len(sets[one]), one))]
-    points = [(drafts[at].row.accuracy, cast("Interval", drafts[at].key).value) for at in chosen]
-    marked = {at for at, on in zip(chosen, rules.front(points), strict=True) if on}
+    on = dict(zip(chosen, rules.front(list(chosen.values())), strict=True))
     return [
-        replace(one, row=replace(one.row, pareto=at in marked)) for at, one in enumerate(drafts)
+        replace(one, row=replace(one.row, pareto=on.get(one.row.slug, False))) for one in drafts
     ]
 
 

@@ -267,6 +267,22 @@ def test_front_is_marked_among_rows_of_the_same_attacks(root):
     assert marked == {"none", "vib"}
 
 
+def test_front_compares_by_the_attack_of_the_noise_curve(root):
+    for strength, leak in ((6.0, 0.95), (-6.0, 0.8)):
+        row_on(root, defense="noise", params={"snr_db": strength}, attack="decoder", ssim=leak,
+               found=leak, accuracy=0.70 + leak / 20)  # fmt: skip
+    row_on(root, defense="none", ssim=1.0, found=1.0, accuracy=0.76)
+    row_on(root, defense="vib", ssim=0.4, found=0.4, accuracy=0.72)
+    row_on(root, defense="cem", attack="decoder", ssim=0.2, found=0.2, accuracy=0.71)
+    row_on(root, defense="mid", attack="linear", ssim=0.01, found=0.01, accuracy=0.75)
+    found = only(root)
+    assert found.noise_attack == "decoder"
+    # vib met it in the suite, cem alone; what mid met was weaker than that.
+    marked = {row.label for row in found.rows if row.pareto}
+    assert {"none", "vib", "cem"} <= marked
+    assert "mid" not in marked
+
+
 def test_an_advisory_takes_the_rank_and_says_why(root):
     name = row_on(root, defense="vib")
     row_on(root, defense="mid")
