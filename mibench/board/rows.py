@@ -305,8 +305,9 @@ def _with_front(drafts: Sequence[_Draft], noise: Noise) -> list[_Draft]:
 def _ordered(drafts: Sequence[_Draft]) -> list[Row]:
     def place(one: _Draft) -> tuple[object, ...]:
         leak = float("inf") if one.key is None else one.key.value
-        rank = one.row.rank
-        return (rank is None, one.row.superseded_by is not None, bool(one.row.advisories),
-                leak, one.row.slug)  # fmt: skip
+        both = [one.row.leakage[name].value for name in rules.KEYS if name in one.row.leakage]
+        least = min((value for value in both if value is not None), default=leak)
+        return (one.row.rank is None, one.row.superseded_by is not None, bool(one.row.advisories),
+                leak, least, one.row.slug)  # fmt: skip
 
     return [one.row for one in sorted(drafts, key=place)]
