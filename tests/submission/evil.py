@@ -33,6 +33,16 @@ FILLS = (
     "[Path(os.environ['HOME'], str(n)).write_bytes(bytes(2**20)) for n in range(32)]; "
     "time.sleep(60)"
 )
+HIDES = (
+    "[(lambda f: (f.unlink(), held.write(bytes(2**20)), held.flush(), kept.append(held)))(f) "
+    "for kept in [[]] for n in range(32) for f in [Path(os.environ['HOME'], str(n))] "
+    "for held in [f.open('wb')]] and time.sleep(60)"
+)
+"""Files without a name, which no walk through the folder finds."""
+MODES = (
+    "print('modes', [ctypes.CDLL(None).chmod({outside!r}.encode(), 0o777), "
+    "ctypes.CDLL(None).utimes({outside!r}.encode(), None)])"
+)
 LINKS = "ctypes.CDLL(None).symlink({outside!r}.encode(), (os.environ['HOME'] + '/link').encode())"
 """Past Python's own events, as native code would."""
 ENDS = "os._exit(0)"
