@@ -227,7 +227,7 @@ def _table(path: Path, record: Record, say: Say) -> pd.DataFrame | None:
         texts = [one.name for one in file.schema_arrow if not _is_number(one.type)]
         if strangers := sorted(set(texts) - TEXTS):
             raise ValueError(f"the column {one_line(strangers[0])!r} holds no numbers")
-        table = pq.read_table(io.BytesIO(data), read_dictionary=texts).to_pandas()
+        table: pd.DataFrame = pq.read_table(io.BytesIO(data), read_dictionary=texts).to_pandas()
     except Exception as error:
         say(f"{path}: it cannot be read ({' '.join(str(error).split())})")
         return None
