@@ -148,6 +148,15 @@ def _no_new_privileges(libc: Any) -> None:
         raise OSError(ctypes.get_errno(), "prctl")
 
 
+def end_with_parent() -> None:
+    """Ends this process when its parent is killed, which could not end it any more.
+
+    Call it after `namespaces`, which undoes it.
+    """
+    if sys.platform.startswith("linux"):
+        _libc().prctl(1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG, SIGKILL
+
+
 # --- namespaces: a network of its own ------------------------------------------------------------
 
 _NEW_USER, _NEW_NET, _NEW_IPC = 0x10000000, 0x40000000, 0x08000000
