@@ -33,10 +33,9 @@ FILLS = (
     "[Path(os.environ['HOME'], str(n)).write_bytes(bytes(2**20)) for n in range(32)]; "
     "time.sleep(60)"
 )
-HIDES = (
-    "[(lambda f: (f.unlink(), held.write(bytes(2**20)), held.flush(), kept.append(held)))(f) "
-    "for kept in [[]] for n in range(32) for f in [Path(os.environ['HOME'], str(n))] "
-    "for held in [f.open('wb')]] and time.sleep(60)"
+UNNAMED = (
+    "self.held = [Path(os.environ['HOME'], str(n)).open('wb') for n in range(32)]; "
+    "[(os.remove(f.name), f.write(bytes(2**20)), f.flush()) for f in self.held]; time.sleep(60)"
 )
 """Files without a name, which no walk through the folder finds."""
 MODES = (

@@ -106,7 +106,7 @@ def test_what_prints_without_end_is_stopped(attempt):
     assert said(done) == ("the run was stopped: it printed more than 1048576 bytes",)
 
 
-@pytest.mark.parametrize("body", [evil.FILLS, evil.HIDES])
+@pytest.mark.parametrize("body", [evil.FILLS, evil.UNNAMED])
 def test_what_fills_the_disk_is_stopped(attempt, body):
     done, _ = attempt(body, folder_bytes=2**23)
     (line,) = said(done)
