@@ -1,4 +1,4 @@
-"""What a pull request changes in ``submissions/``, and whether a submission may change that.
+"""What a pull request changes in ``submissions/`` and ``leaderboard/``, and whether it may.
 
 Usage: ``python .ci/changes.py CHECKOUT BASE``. Prints the folder of the submission, or nothing
 where there is none. Status 1 and all problems, one a line, where something is not allowed; status 2
@@ -15,6 +15,15 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 FOLDER = "submissions"
+BOARD = "leaderboard"
+PLACES = re.compile(
+    r"leaderboard/(advisories/[A-Za-z0-9._-]+\.yaml"
+    r"|v[0-9]+/(best-known/[A-Za-z0-9._-]+\.json|site/([A-Za-z0-9._-]+/)*[A-Za-z0-9._-]+"
+    r"|records/[0-9a-f]{16}/(record\.json|per_image\.parquet|entry\.json|gallery\.webp)))"
+)
+"""Where files of the leaderboard may lie."""
+FIXED = ("record.json", "per_image.parquet")
+"""Files of a record that never change."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 """What a folder may be called. A shell sees the name, so nothing in it may mean something there."""
 
@@ -73,8 +82,9 @@ def submission(found: list[Change], before: set[str]) -> tuple[str | None, list[
         f"{change.path!r} is not a plain file (git mode {change.mode}): "
         "no links and no repositories inside"
         for change, path in parts
-        if path[0] == FOLDER and change.status != "D" and not change.mode.startswith("100")
+        if path[0] in (FOLDER, BOARD) and change.status != "D" and not change.mode.startswith("100")
     ]
+    problems += board(found)
     if not names:
         return None, problems
     if len(names) > 1:
@@ -100,6 +110,28 @@ def submission(found: list[Change], before: set[str]) -> tuple[str | None, list[
         if name in before
     ]
     return names[0], problems
+
+
+def board(found: list[Change]) -> list[str]:
+    """What a change does to the leaderboard that none may do: records stay, as they were made.
+
+    Whether a badge was earned cannot be seen here; ``mibench board diff`` names edited entries.
+    """
+    problems = []
+    for change in found:
+        path = PurePosixPath(change.path)
+        if path.parts[0] != BOARD:
+            continue
+        removed = change.status == "D"
+        if not removed and not PLACES.fullmatch(change.path):
+            problems.append(f"{change.path!r} has no place in the leaderboard")
+        entry = removed and path.name == "entry.json"
+        if "records" in path.parts and change.status != "A" and (entry or path.name in FIXED):
+            problems.append(
+                f"{change.path!r} is {'removed' if removed else 'changed'}: a record stays as it "
+                "is; write an advisory, or add another record that supersedes it"
+            )
+    return problems
 
 
 def folders(checkout: str, base: str) -> set[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mibench.board import entries, layout, tables
-from mibench.board.model import Board, Row
+from mibench.board.model import Board, Entry, Row
 from mibench.board.rows import assemble, board_of
 from mibench.errors import BoardError
 from mibench.files import storage_error, write_atomically
@@ -113,7 +113,10 @@ def _readme(root: Path, board: Board) -> bytes | None:
     path = layout.readme(root)
     if not path.is_file():
         return None
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BoardError(f"{path}: it is not UTF-8 text ({error.reason}); mend it") from error
     counts = (text.count(layout.BEGIN), text.count(layout.END))
     if counts == (0, 0):
         return None
@@ -284,10 +287,36 @@ def difference(old: Board, new: Board) -> str:
             for at in range(len(kept))
         ]  # fmt: skip
         lines.append([what, key[0], shown.label, *cells])
-    if not lines:
+    edited = list(_edited(old, new))
+    if not lines and not edited:
         return "No row has changed.\n"
     head = ["", "protocol", "defense", *_HEAD]
-    return "\n".join(tables.markdown_table(head, lines)) + "\n"
+    table = list(tables.markdown_table(head, lines)) if lines else ["No row has other numbers."]
+    return "\n".join([*table, *([""] if edited else []), *edited]) + "\n"
+
+
+def _edited(old: Board, new: Board) -> Iterator[str]:
+    """What stands otherwise beside a record that was there: only a person can say if it is true."""
+    before, after = _entries(old), _entries(new)
+    for name in sorted(set(before) & set(after)):
+        had, has = before[name], after[name]
+        told = [key for key in Entry.model_fields if getattr(had, key) != getattr(has, key)]
+        count = len(had.verifications)
+        if "verifications" in told:
+            grown = has.verifications[:count] == had.verifications
+            told.remove("verifications")
+            told.append("a further verification" if grown else "VERIFICATIONS WERE EDITED")
+        if told:
+            yield f"- entry of `{name}`: {', '.join(told)}"
+
+
+def _entries(board: Board) -> dict[str, Entry]:
+    return {
+        one.id: one.entry
+        for section in board.sections
+        for row in section.rows
+        for one in (*row.headline, *row.others)
+    }
 
 
 _HEAD = ("rank", "badge", "accuracy", "leakage (SSIM)", "leakage (found)", "why not ranked")

@@ -65,6 +65,8 @@ def _never_certain(runs: Sequence[Held], name: str, leakage: Score) -> tuple[flo
     if not bool((values == values[0]).all()) or float(values[0]) not in (0.0, 1.0):
         return leakage.ci_low, leakage.ci_high
     base, span = float(floor.mean()), float((top - floor).mean())
+    if span == 0:
+        return leakage.ci_low, leakage.ci_high
     ends = rules.all_or_none(float(values[0]), len(values))
     low, high = ((end - base) / span for end in ends)
     return min(low, leakage.ci_low), max(high, leakage.ci_high)
@@ -97,6 +99,7 @@ def reasons_against(
         made = {part.attack.partition("@")[0] for part in record.suite}
         if missing := sorted(set(attacks if isinstance(attacks, Mapping) else ()) - made):
             yield Condition.SUITE, f"Its suite lacks {', '.join(missing)}."
+    yield from _chosen_seeds(records)
     if not lost:
         yield Condition.ACCURACY, "Its accuracy is not known."
     for name, points in lost.items():
@@ -113,6 +116,22 @@ def reasons_against(
         yield Condition.ADVISORY, f"Advisory {one.id}: {one.title}."
     if superseded_by is not None:
         yield Condition.CURRENT, f"Record {superseded_by} takes its place."
+
+
+def _chosen_seeds(records: Sequence[Record]) -> Iterator[tuple[Condition, str]]:
+    """Whether seeds were left out: the best of three would be a rank by luck."""
+    listed = records[0].protocol.values.get("seeds")
+    meant = listed if isinstance(listed, list) else []
+    had = {one.seed for one in records}
+    count = sum(one in had for one in meant)
+    if count and (left := [one for one in meant[:count] if one not in had]):
+        yield (
+            Condition.PROTOCOL,
+            (
+                f"It was run with seed {', '.join(map(str, sorted(had)))}, and seeds are taken in "
+                f"the protocol's order: {', '.join(map(str, left))} is left out."
+            ),
+        )
 
 
 def _departures(records: Sequence[Record]) -> Iterator[tuple[Condition, str]]:

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from mibench import __version__
 from mibench.board import layout
+from mibench.board.gallery import refusal, webp_size
 from mibench.board.model import (
     FORMAT,
     Advisory,
@@ -33,6 +35,7 @@ from mibench.board.model import (
     Origin,
     Verification,
 )
+from mibench.checks.base import one_line
 from mibench.errors import BoardError, InvalidParamsError, MibenchError
 from mibench.files import (
     Json,
@@ -43,8 +46,9 @@ from mibench.files import (
     write_atomically,
 )
 from mibench.outputs import PER_IMAGE, RECORD
-from mibench.params import build, parse_yaml
+from mibench.params import build
 from mibench.record import Record, read_record
+from mibench.submission.marked import read_marked
 
 if TYPE_CHECKING:
     from mibench.artifacts import ArtifactStore
@@ -53,10 +57,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 Say = Callable[[str], None]
-MOST_ROWS = 10**6
-"""Attacked images, at most."""
-WEBP = (b"RIFF", b"WEBP")
-"""What a WebP file holds from byte 0 on and from byte 8 on."""
+MOST_VALUES = 10**7
+"""Rows times columns of the values per image, at most: a few bytes can say "a million zeros"."""
+TEXTS = {"sha256", "class"}
+"""Columns of the values per image that hold no numbers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,7 +207,7 @@ def _whole(folder: Path, say: Say) -> Held | None:
         say(f"{folder / layout.ENTRY}: it belongs to record {entry.record!r}")
     if entry.format_version > FORMAT:
         say(f"{folder / layout.ENTRY}: format {entry.format_version} needs a newer mibench")
-    for problem in _gallery_problems(folder, entry.gallery, entry.gallery_reason):
+    for problem in _gallery_problems(folder, record, entry.gallery, entry.gallery_reason):
         say(problem)
     table = _table(folder / PER_IMAGE, record, say)
     return None if table is None else Held(Listed(record, entry), table)
@@ -215,9 +219,15 @@ def _table(path: Path, record: Record, say: Say) -> pd.DataFrame | None:
         say(f"{path}: it is not the file that the record was written with; restore it")
         return None
     try:
-        if pq.ParquetFile(io.BytesIO(data)).metadata.num_rows > MOST_ROWS:
-            raise ValueError(f"it has more than {MOST_ROWS:,} rows")
-        table = pd.read_parquet(io.BytesIO(data))
+        file = pq.ParquetFile(io.BytesIO(data))
+        shape = (file.metadata.num_rows, file.metadata.num_columns)
+        if shape[0] * shape[1] > MOST_VALUES:
+            raise ValueError(f"it has {shape[0]:,} rows of {shape[1]:,} columns, too many")
+        # A few bytes can stand for a long text in every row.
+        texts = [one.name for one in file.schema_arrow if not _is_number(one.type)]
+        if strangers := sorted(set(texts) - TEXTS):
+            raise ValueError(f"the column {one_line(strangers[0])!r} holds no numbers")
+        table: pd.DataFrame = pq.read_table(io.BytesIO(data), read_dictionary=texts).to_pandas()
     except Exception as error:
         say(f"{path}: it cannot be read ({' '.join(str(error).split())})")
         return None
@@ -227,7 +237,14 @@ def _table(path: Path, record: Record, say: Say) -> pd.DataFrame | None:
     return table
 
 
-def _gallery_problems(folder: Path, gallery: Gallery | None, reason: str | None) -> Iterator[str]:
+def _is_number(kind: pa.DataType) -> bool:
+    tests = (pa.types.is_floating, pa.types.is_integer, pa.types.is_boolean)
+    return any(test(kind) for test in tests)
+
+
+def _gallery_problems(
+    folder: Path, record: Record, gallery: Gallery | None, reason: str | None
+) -> Iterator[str]:
     path = folder / layout.GALLERY
     if gallery is None:
         if path.exists():
@@ -238,9 +255,15 @@ def _gallery_problems(folder: Path, gallery: Gallery | None, reason: str | None)
     if not path.is_file():
         yield f"{path}: it is missing, and {layout.ENTRY} names it"
         return
+    if why := refusal(record):
+        yield f"{path}: {why}; remove it"
     data = path.read_bytes()
-    if (data[:4], data[8:12]) != WEBP:
+    size = (len(gallery.columns) * gallery.side, len(gallery.images) * gallery.side)
+    if (found := webp_size(data)) is None:
         yield f"{path}: it is no WebP picture"
+    elif found != size:
+        has, said = (f"{wide}x{high}" for wide, high in (found, size))
+        yield f"{path}: it has {has} pixels, and {layout.ENTRY} says {said}"
     if hashlib.sha256(data).hexdigest() != gallery.sha256:
         yield f"{path}: it is not the picture that {layout.ENTRY} names; restore it"
 
@@ -306,10 +329,13 @@ def _yaml(path: Path) -> Mapping[str, Json]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BoardError(f"{path}: it cannot be read ({error})") from error
-    values = parse_yaml(text, str(path))
-    if not isinstance(values, Mapping):
+    found = read_marked(text)  # without aliases: ten of ten of ten fill the memory
+    if found.problems:
+        told = "; ".join(f"line {line}: {what}" for line, what in found.problems[:5])
+        raise BoardError(f"{path}: {told}")
+    if not isinstance(found.values, dict):
         raise BoardError(f"{path}: it holds no fields")
-    return values
+    return found.values
 
 
 # --- adding --------------------------------------------------------------------------------------

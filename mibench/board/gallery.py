@@ -198,3 +198,21 @@ def _webp(sheet: NDArray[np.uint8], *, lossless: bool, quality: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(sheet).save(buffer, format="WEBP", lossless=lossless, quality=quality, method=6)
     return buffer.getvalue()
+
+
+def webp_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height that the head of a WebP file tells; None where it is none.
+
+    Nothing is decoded: a few hundred bytes can hold a picture of gigabytes.
+    """
+    if (data[:4], data[8:12]) != (b"RIFF", b"WEBP") or len(data) < 30:
+        return None
+    kind, head = data[12:16], data[20:30]
+    if kind == b"VP8 " and head[3:6] == b"\x9d\x01\x2a":
+        sides = int.from_bytes(head[6:8], "little"), int.from_bytes(head[8:10], "little")
+        return sides[0] & 0x3FFF, sides[1] & 0x3FFF
+    if kind == b"VP8L" and head[:1] == b"\x2f":
+        bits = int.from_bytes(head[1:5], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    # Extended files can hold frames and further pictures; `draw` writes none.
+    return None

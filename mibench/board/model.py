@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -12,6 +12,8 @@ from mibench.record import ProtocolId, Record, Score
 
 FORMAT = 1
 """Version of ``entry.json`` that this code writes."""
+PLAIN = r"^[A-Za-z0-9_][A-Za-z0-9._-]*$"
+"""Names: no letter that looks like another one, and nothing that turns the direction of text."""
 
 
 class Level(StrEnum):
@@ -44,13 +46,13 @@ class Origin(_Part):
     """
 
     kind: Literal["builtin", "submission"] = "builtin"
-    submission: str | None = None
+    submission: Annotated[str, Field(pattern=PLAIN)] | None = None
     title: str | None = None
     authors: list[str] = []
     paper: str | None = None
     code: str | None = None
     licence: str | None = None
-    supersedes: str | None = None
+    supersedes: Annotated[str, Field(pattern=PLAIN)] | None = None
 
 
 class CheckLine(_Part):
@@ -95,9 +97,9 @@ class Gallery(_Part):
     """
 
     sha256: str
-    side: int
-    columns: list[str]
-    images: list[int]
+    side: int = Field(ge=1, le=1024)
+    columns: list[str] = Field(min_length=2, max_length=32)
+    images: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, max_length=16)
 
 
 class Entry(_Part):
@@ -141,7 +143,7 @@ class Advisory(_Part):
         code: by component name, hashes of the code that it concerns.
     """
 
-    id: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    id: str = Field(pattern=PLAIN)
     date: str
     title: str
     text: str
@@ -168,7 +170,7 @@ class BestKnown(_Part):
 
     format_version: int = FORMAT
     record: str
-    by: str
+    by: str = Field(pattern=PLAIN)
     origin: Origin
     level: Level
     scores: list[Score]

@@ -29,6 +29,8 @@ def label_of(held: Held) -> str:
     }
     told = ", ".join(f"{key}={word(value)}" for key, value in sorted(changed.items()))
     name = origin.submission if origin.submission is not None else defense.name
+    if origin.submission is None and defense.location is not None:
+        name += f" from {defense.location}"  # or a file could pass for a built-in
     label = f"{name} ({told})" if told else name
     if record.adversary is not None and record.adversary.coalitions:
         each = " or ".join("+".join(map(str, one)) for one in record.adversary.coalitions)

@@ -72,7 +72,7 @@ class Noise:
     def _gain(self, record: Record, runs: Sequence[Held], like: Score) -> Score:
         if self.attack is None:
             return over_noise.nothing(like, "no noise was measured under this protocol")
-        if record.defense.name == UNDEFENDED:
+        if _is_undefended(record):
             return over_noise.nothing(like, "the undefended split is the end of the noise curve")
         if _is_noise(record):
             return over_noise.nothing(like, "it is the noise that others are compared with")
@@ -161,7 +161,7 @@ class Noise:
             if other.record.attack.name == self.attack:
                 return column(other, f"prior_only_{metric}"), column(other, f"undefended_{metric}")
         for other in same:
-            if other.record.defense.name == UNDEFENDED and self.attack in _attacks(other):
+            if _is_undefended(other.record) and self.attack in _attacks(other):
                 bare = _under(other, self.attack, metric)
                 return column(other, f"prior_only_{metric}"), bare
         return None, None
@@ -237,6 +237,10 @@ def _off_curve(record: Record) -> bool:
     """
     told = [one for one in record.deviations if not one.startswith(OVER_BUDGET)]
     return not all(map(OTHER_SEED.match, told))
+
+
+def _is_undefended(record: Record) -> bool:
+    return record.defense.name == UNDEFENDED and record.defense.location is None
 
 
 def _is_noise(record: Record) -> bool:

@@ -110,12 +110,21 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=_upright,
     )
     made.filters["lead"] = words.address
     made.filters["named"] = lambda metric: view.NAMES.get(metric, metric)
     made.filters["coordinate"] = svg.coordinate
     made.filters["url"] = lambda text: quote(text, safe="")
     return made
+
+
+def _upright(value: object) -> object:
+    """Text without what turns its direction: an author's name must not turn the words around it."""
+    return value.translate(_TURNING) if type(value) is str else value
+
+
+_TURNING = dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)])
 
 
 def _page(templates: jinja2.Environment, name: str, shared: dict[str, Any], **parts: Any) -> bytes:

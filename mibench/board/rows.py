@@ -87,7 +87,14 @@ def _section(held: Sequence[Held], contents: Contents, taken: Mapping[str, str])
     for one in held:
         groups.setdefault(_group(one, superseded=one.listed.id in taken), []).append(one)
     drafts = [_draft(runs, key, contents, taken) for key, runs in sorted(groups.items())]
-    noise = Noise(held)
+    # What was found wrong, or was replaced, is no measure for others.
+    sound = [
+        one
+        for one in held
+        if one.listed.id not in taken
+        and not any(concerns(wrong, [one]) for wrong in contents.advisories)
+    ]
+    noise = Noise(sound)
     drafts = [
         replace(one, row=replace(one.row, gain=noise.gain(one.record, one.all))) for one in drafts
     ]

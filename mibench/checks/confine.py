@@ -148,6 +148,15 @@ def _no_new_privileges(libc: Any) -> None:
         raise OSError(ctypes.get_errno(), "prctl")
 
 
+def end_with_parent() -> None:
+    """Ends this process when its parent is killed, which could not end it any more.
+
+    Call it after `namespaces`, which undoes it.
+    """
+    if sys.platform.startswith("linux"):
+        _libc().prctl(1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG, SIGKILL
+
+
 # --- namespaces: a network of its own ------------------------------------------------------------
 
 _NEW_USER, _NEW_NET, _NEW_IPC = 0x10000000, 0x40000000, 0x08000000
@@ -204,6 +213,25 @@ _DENIED = {
     "semget": (64, 190),
     "msgget": (68, 186),
     "memfd_create": (319, 279),
+    # Landlock lets everybody change modes, owners, times and attributes of any file.
+    "chmod": (90, None),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "fchmodat2": (452, 452),
+    "chown": (92, None),
+    "fchown": (93, 55),
+    "lchown": (94, None),
+    "fchownat": (260, 54),
+    "utime": (132, None),
+    "utimes": (235, None),
+    "futimesat": (261, None),
+    "utimensat": (280, 88),
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    "removexattr": (197, 14),
+    "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16),
     # It carries out other calls where no filter sees them.
     "io_uring_setup": (425, 425),
     "io_uring_enter": (426, 426),

@@ -22,6 +22,7 @@ def main() -> None:
     told = int(orders["told"])
     folder = Path(orders["folder"])
     alone = confine.namespaces()
+    confine.end_with_parent()
     missing = confine.limit(confine.Limits(**orders["limits"]))
     files, tcp = confine.landlock(folder, [Path(one) for one in orders["readable"]])
     calls = confine.seccomp()

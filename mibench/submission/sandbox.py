@@ -13,6 +13,7 @@ import os
 import select
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -237,7 +238,7 @@ class _Watcher:
             self.done.stopped = f"it took more than {limits.memory_bytes} bytes of memory"
 
     def _weigh(self) -> None:
-        total = count = 0
+        total, count = _hidden_bytes(self._process.pid, self._folder), 0
         for root, _, names in os.walk(self._folder):
             count += len(names)
             for name in names:
@@ -275,6 +276,28 @@ class _Watcher:
                 text = one_line(": ".join(map(str, found["refused"])))
                 if text not in self.done.refused:
                     self.done.refused.append(text)
+
+
+def _hidden_bytes(pid: int, folder: Path) -> int:
+    """Bytes of files below a folder that have no name any more, but are open or mapped."""
+    found: dict[tuple[int, int], int] = {}
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208 - a moment counts
+            with contextlib.suppress(OSError):
+                facts = os.stat(f"/proc/{pid}/fd/{name}")  # noqa: PTH116
+                if stat.S_ISREG(facts.st_mode) and facts.st_nlink == 0:
+                    found[facts.st_dev, facts.st_ino] = facts.st_size
+    mapped: dict[str, int] = {}
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
+            parts = line.split(None, 5)
+            if len(parts) == 6 and parts[5].endswith(" (deleted)"):
+                inside = parts[5].startswith(f"{folder}{os.sep}")
+                low, high = (int(end, 16) for end in parts[0].split("-"))
+                end = int(parts[2], 16) + high - low
+                if inside and not any(str(inode) == parts[4] for _, inode in found):
+                    mapped[parts[4]] = max(mapped.get(parts[4], 0), end)
+    return sum(found.values()) + sum(mapped.values())
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -1,6 +1,7 @@
 """Pages as files: the same bytes, nothing left over, and nothing edited by hand."""
 
 import json
+import shutil
 import subprocess
 
 import numpy as np
@@ -186,6 +187,25 @@ def test_nothing_changed_is_said(root):
     assert build.diff(root, str(root)) == "No row has changed.\n"
 
 
+def test_what_was_edited_beside_a_record_is_named(root, tmp_path):
+    old = tmp_path / "old" / "v1"
+    shutil.copytree(root, old)
+    folder = min(layout.records(root).iterdir())
+    values = json.loads((folder / layout.ENTRY).read_text())
+    values["origin"]["authors"] = ["Somebody Else"]
+    values["verifications"][0]["date"] = "2020-01-01"
+    (folder / layout.ENTRY).write_text(json.dumps(values))
+    assert build.diff(root, str(old)).splitlines()[-1] == (
+        f"- entry of `{folder.name}`: origin, VERIFICATIONS WERE EDITED"
+    )
+    values = json.loads((old / "records" / folder.name / layout.ENTRY).read_text())
+    values["verifications"].append(values["verifications"][0] | {"level": "reproduced"})
+    (folder / layout.ENTRY).write_text(json.dumps(values))
+    told = build.diff(root, str(old))
+    assert "rescored -&#62; reproduced" in told
+    assert told.splitlines()[-1] == f"- entry of `{folder.name}`: a further verification"
+
+
 @pytest.fixture
 def repository(root, tmp_path):
     def git(*words):
@@ -225,3 +245,9 @@ def test_what_is_neither_folder_nor_revision_is_refused(root, repository, other)
 def test_json_names_the_version_of_its_form(root):
     build.write(root)
     assert json.loads((layout.site(root) / "board.json").read_text())["format_version"] == 1
+
+
+def test_a_readme_of_another_encoding_is_named(root):
+    layout.readme(root).write_bytes(b"\xff\xfe" + layout.BEGIN.encode())
+    with pytest.raises(BoardError, match="it is not UTF-8 text"):
+        build.write(root)

@@ -1,13 +1,20 @@
 """What may lie in the folder of a leaderboard, and what is put there."""
 
+import hashlib
+import io
 import json
 import shutil
+from itertools import pairwise
 
+import numpy as np
+import pandas as pd
 import pytest
-from board_runs import base, row_on, run_folder
+from board_runs import base, numbers, put, row_on, run_folder
+from PIL import Image
 
 from mibench.artifacts import ArtifactStore
 from mibench.board import entries, layout
+from mibench.board.gallery import webp_size
 from mibench.board.model import CheckLine, Level, Origin, Verification
 from mibench.errors import BoardError
 from mibench.outputs import PER_IMAGE, RECORD
@@ -137,13 +144,78 @@ def test_all_problems_are_told_at_once(root, entry):
 
 
 def test_a_gallery_must_be_the_one_that_is_named(root, entry):
-    gallery = {"sha256": "0" * 64, "side": 32, "columns": ["original"], "images": [0]}
+    gallery = {"sha256": "0" * 64, "side": 32, "columns": ["original", "vib"], "images": [0]}
     edit(entry / layout.ENTRY, gallery=gallery, gallery_reason=None)
     assert "it is missing, and entry.json names it" in refused(root)
     (entry / layout.GALLERY).write_bytes(b"\x89PNG")
     told = refused(root)
     assert "it is no WebP picture" in told
     assert "it is not the picture that entry.json names" in told
+
+
+def drawn(entry, size, **gallery):
+    """Puts a picture of one colour beside a record, as by hand."""
+    buffer = io.BytesIO()
+    Image.new("RGB", size).save(buffer, "WEBP", lossless=True)
+    (entry / layout.GALLERY).write_bytes(buffer.getvalue())
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+    told = {"sha256": digest, "side": 32, "columns": ["original", "vib"], "images": [0]} | gallery
+    edit(entry / layout.ENTRY, gallery=told, gallery_reason=None)
+
+
+@pytest.mark.parametrize("how", [{"lossless": True}, {"quality": 50}])
+def test_the_size_of_a_picture_is_read_from_its_head(how):
+    buffer = io.BytesIO()
+    Image.new("RGB", (96, 4000)).save(buffer, "WEBP", **how)
+    assert webp_size(buffer.getvalue()) == (96, 4000)
+
+
+def test_a_picture_of_another_size_is_refused(root, entry):
+    drawn(entry, (64, 32))
+    assert list(entries.read(root).held) == [entry.name]
+    drawn(entry, (10_000, 10_000))
+    assert "it has 10000x10000 pixels, and entry.json says 64x32" in refused(root)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"images": []}, {"columns": ["original"]}, {"side": -5}, {"images": [-1]}]
+)
+def test_a_gallery_of_nothing_is_refused(root, entry, wrong):
+    drawn(entry, (64, 32), **wrong)
+    assert "entry.gallery." in refused(root)
+
+
+def test_a_picture_that_may_not_be_shown_is_refused(root):
+    values, table = numbers(defense="vib")
+    values["data"]["dataset"] = "celeba"
+    folder = layout.record_folder(root, put(root, values, table))
+    drawn(folder, (64, 32))
+    assert "the terms of celeba are not known to let its images" in refused(root)
+
+
+def test_values_per_image_that_no_run_writes_are_refused(root):
+    values, table = numbers(defense="vib")
+    put(root, values, table.assign(ssim="much"))
+    assert "the column 'ssim' holds no numbers" in refused(root)
+
+
+def test_a_table_of_millions_is_not_read(root):
+    values, table = numbers(defense="vib")
+    put(root, values, pd.DataFrame({name: np.zeros(10**6) for name in table.columns[:11]}))
+    assert "it has 1,000,000 rows of 11 columns, too many" in refused(root)
+
+
+def test_aliases_in_an_advisory_are_not_followed(root, entry):
+    layout.advisories(root).mkdir()
+    nine = "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefghij"))
+    (layout.advisories(root) / "A.yaml").write_text(f"a: &a [x]\n{nine}")
+    assert "aliases and deep nesting are not read" in refused(root)
+
+
+@pytest.mark.parametrize("name", ["n\u043ene", "\u202egpj", "<b>", "a b", ""])
+def test_a_submission_whose_name_could_pass_for_another_is_refused(root, entry, name):
+    edit(entry / layout.ENTRY, origin={"kind": "submission", "submission": name})
+    assert "entry.origin.submission" in refused(root)
 
 
 def test_a_missing_folder_is_said(tmp_path):

@@ -136,6 +136,31 @@ def test_a_row_of_other_seeds_alone_says_so(root):
     )
 
 
+@pytest.mark.parametrize(
+    ("seeds", "left"), [((0,), None), ((0, 1), None), ((1,), "0"), ((0, 2), "1"), ((1, 2), "0")]
+)
+def test_seeds_are_taken_in_the_protocols_order(root, seeds, left):
+    for seed in seeds:
+        row_on(root, defense="vib", seed=seed, protocol_id=THREE)
+    told = [reason for reason in by_label(root)["vib"].reasons if "seeds are taken" in reason]
+    assert len(told) == (left is not None)
+    assert all(f"order: {left} is left out." in reason for reason in told)
+
+
+def test_equal_floor_and_undefended_split_divide_nothing(root):
+    values, table = numbers(defense="vib", found=1.0)
+    table["prior_only_reid-top1"] = 1.0
+    put(root, *summed(values, table))
+    assert by_label(root)["vib"].rank is None
+
+
+def test_code_from_elsewhere_does_not_pass_for_a_built_in(root):
+    values, table = numbers(defense="vib")
+    values["defense"] |= {"name": "none", "location": "mine.py:None"}
+    put(root, values, table)
+    assert only(root).rows[0].label.startswith("none from mine.py:None")
+
+
 def test_one_seed_keeps_the_numbers_of_its_record(root):
     row_on(root, defense="vib")
     row = by_label(root)["vib"]
@@ -240,6 +265,25 @@ def test_a_submission_cannot_bend_the_noise_curve(root):
     noises(root, submission="doe")
     row_on(root, defense="vib", accuracy=0.72)
     assert only(root).noise_attack is None
+
+
+@pytest.mark.parametrize("how", ["advisory", "superseded"])
+def test_noise_that_does_not_count_any_more_bends_no_curve(root, how):
+    noises(root)
+    row_on(root, defense="vib", attack="decoder", ssim=0.3, accuracy=0.72)
+    given = {"defense": "noise", "attack": "decoder", "accuracy": 0.72}
+    values, table = numbers(params={"snr_db": 0.0}, ssim=0.1, **given)
+    wrong = put(root, values, table)
+    if how == "advisory":
+        folder = layout.advisories(root)
+        folder.mkdir()
+        told = Advisory(id="A", date="2026-03-01", title="t", text="t", records=[wrong])
+        (folder / "A.yaml").write_bytes(pretty_json(told.model_dump(mode="json")))
+    else:
+        values, table = numbers(params={"snr_db": 0.0}, ssim=0.6, **given)
+        put(root, values | {"supersedes": wrong}, table)
+    row = by_label(root)["vib"]
+    assert row.gain["ssim"].value == pytest.approx(0.3, abs=1e-6)
 
 
 def test_the_undefended_end_comes_from_the_suite_of_none_where_noise_has_only_suites(root):

@@ -92,7 +92,7 @@ def test_what_main_gained_meanwhile_is_not_part_of_the_change(repository):
 
 @pytest.mark.parametrize(
     "name",
-    ["mibench/metrics/ssim.py", ".ci/changes.py", "submissions/README.md", "leaderboard/v1/x.json"],
+    ["mibench/metrics/ssim.py", ".ci/changes.py", "submissions/README.md", "leaderboard/v1/site/x"],
 )
 def test_a_submission_changes_nothing_outside_its_folder(repository, name):
     repository.write("submissions/second/submission.yaml", "title: second")
@@ -184,3 +184,69 @@ def test_an_unknown_base_fails(repository):
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     assert "no-such-branch" in result.stderr
+
+
+RECORD = "leaderboard/v1/records/0123456789abcdef"
+
+
+@pytest.fixture
+def board(repository):
+    """A repository whose main holds a record."""
+    repository.git("checkout", "--quiet", "main")
+    for name in ("record.json", "per_image.parquet", "entry.json"):
+        repository.write(f"{RECORD}/{name}", name)
+    repository.commit()
+    repository.git("checkout", "--quiet", "-b", "records")
+    return repository
+
+
+def test_records_are_added_and_entries_grow(board):
+    for name in (
+        "records/00000000000000aa/record.json",
+        "records/0123456789abcdef/entry.json",
+        "site/rows/a-b.html",
+        "best-known/better.json",
+    ):
+        board.write(f"leaderboard/v1/{name}", "new")
+    board.write("leaderboard/advisories/2026-001.yaml", "id: 2026-001")
+    board.commit()
+    assert (board.judged().returncode, board.judged().stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", ["record.json", "per_image.parquet"])
+def test_a_record_is_never_changed(board, name):
+    board.write(f"{RECORD}/{name}", "edited")
+    board.commit()
+    (problem,) = refused(board.judged())
+    assert "is changed: a record stays as it is" in problem
+
+
+def test_nobodys_record_is_taken_away(board):
+    board.git("rm", "--quiet", "-r", RECORD)
+    board.commit()
+    assert sum("is removed: a record stays" in line for line in refused(board.judged())) == 3
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x.pkl",
+        "v1/x.pkl",
+        "v1/records/0123456789abcdef/x.pkl",
+        "v9$(id)/site/a",
+        "v1/site/<b>.html",
+    ],
+)
+def test_what_has_no_place_in_the_leaderboard_is_refused(board, name):
+    board.write(f"leaderboard/{name}", "x")
+    board.commit()
+    (problem,) = refused(board.judged())
+    assert "has no place in the leaderboard" in problem
+
+
+def test_a_link_in_the_leaderboard_is_refused(board):
+    (board.folder / "leaderboard/v1/site").mkdir()
+    (board.folder / "leaderboard/v1/site/index.html").symlink_to("/etc/passwd")
+    board.commit()
+    (problem,) = refused(board.judged())
+    assert "is not a plain file" in problem

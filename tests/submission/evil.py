@@ -33,6 +33,15 @@ FILLS = (
     "[Path(os.environ['HOME'], str(n)).write_bytes(bytes(2**20)) for n in range(32)]; "
     "time.sleep(60)"
 )
+UNNAMED = (
+    "self.held = [Path(os.environ['HOME'], str(n)).open('wb') for n in range(32)]; "
+    "[(os.remove(f.name), f.write(bytes(2**20)), f.flush()) for f in self.held]; time.sleep(60)"
+)
+"""Files without a name, which no walk through the folder finds."""
+MODES = (
+    "print('modes', [ctypes.CDLL(None).chmod({outside!r}.encode(), 0o777), "
+    "ctypes.CDLL(None).utimes({outside!r}.encode(), None)])"
+)
 LINKS = "ctypes.CDLL(None).symlink({outside!r}.encode(), (os.environ['HOME'] + '/link').encode())"
 """Past Python's own events, as native code would."""
 ENDS = "os._exit(0)"

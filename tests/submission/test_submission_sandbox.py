@@ -1,5 +1,6 @@
 """Submitted code that misbehaves is stopped and reported; nothing outside its folder changes."""
 
+import os
 import socket
 import sys
 from dataclasses import replace
@@ -105,10 +106,20 @@ def test_what_prints_without_end_is_stopped(attempt):
     assert said(done) == ("the run was stopped: it printed more than 1048576 bytes",)
 
 
-def test_what_fills_the_disk_is_stopped(attempt):
-    done, _ = attempt(evil.FILLS, folder_bytes=2**23)
+@pytest.mark.parametrize("body", [evil.FILLS, evil.UNNAMED])
+def test_what_fills_the_disk_is_stopped(attempt, body):
+    done, _ = attempt(body, folder_bytes=2**23)
     (line,) = said(done)
     assert "it left more than 8388608 bytes in its folder" in line
+
+
+def test_modes_and_times_of_files_outside_stay(attempt, tmp_path):
+    outside = tmp_path / "outside"
+    outside.touch(0o600)
+    os.utime(outside, (1, 1))
+    attempt(evil.MODES, outside=str(outside))
+    assert outside.stat().st_mode & 0o777 == 0o600
+    assert outside.stat().st_mtime == 1
 
 
 def test_a_link_that_it_leaves_is_removed_and_named(attempt, tmp_path):
