@@ -127,7 +127,8 @@ def _expected(annotation: object, metadata: Sequence[object] = ()) -> str:
     elif origin is tuple and not (len(args) == 2 and args[1] is Ellipsis):
         text = f"a list of {len(args)} ({'; '.join(map(_expected, args))})"
     elif origin in (tuple, list, set, frozenset):
-        text = f"a list, each {_expected(args[0])}"
+        length = " and ".join(_bounds(metadata))
+        return f"a list{length and ' '}{length}, each {_expected(args[0])}"
     elif origin is dict:
         text = f"a mapping, each value {_expected(args[1])}"
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):

@@ -89,6 +89,10 @@ def score(
         str | None,
         typer.Option(help="For a defense: one attack instead of the suite. Never ranked."),
     ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(help="One of its protocols (default: all in submission.yaml)."),
+    ] = None,
     device: Annotated[str, typer.Option(help="A PyTorch device.")] = "cpu",
     data_root: options.DataRoot = None,
     hours: Annotated[float, typer.Option(min=0.01, help="Time for one run.")] = 12.0,
@@ -106,6 +110,7 @@ def score(
             out or RUNS / folder.resolve().name,
             data_root,
             attack=attack,
+            protocol=protocol,
             device=device,
             seconds=hours * 3600,
             say=typer.echo,

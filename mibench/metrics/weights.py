@@ -3,6 +3,7 @@
 import hashlib
 import http.client
 import pickle
+import re
 from pathlib import Path
 
 import torch
@@ -30,8 +31,14 @@ def obtain(metric: str, whose: str, url: str, sha256: str) -> Path:
     """
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / url.rsplit("/", 1)[-1]
-    # A record keeps this, and must not tell whose home it was.
-    shown = f"~/{folder.relative_to(Path.home())}" if folder.is_relative_to(Path.home()) else folder
+    # A record keeps this, and must not tell whose home it was; in the sandbox there is no home.
+    usual = (".cache", "torch", "hub", "checkpoints")
+    if folder.parts[-len(usual) :] == usual:
+        shown = "~/" + "/".join(usual)
+    elif folder.is_relative_to(Path.home()):
+        shown = f"~/{folder.relative_to(Path.home())}"
+    else:
+        shown = str(folder)
     advice = f"download {url} elsewhere and put it in {shown}, or leave {metric} out"
     try:
         if not path.exists():
@@ -47,6 +54,7 @@ def obtain(metric: str, whose: str, url: str, sha256: str) -> Path:
         torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, http.client.HTTPException, pickle.UnpicklingError) as error:
         problem = str(error).partition("\n")[0]
+        problem = re.sub(re.escape(str(folder)) + r"[^'\"\s]*", f"{shown}/{path.name}", problem)
         raise UnavailableError(
             f"{metric} needs {whose}'s weights, which cannot be had here ({problem}): {advice}"
         ) from error

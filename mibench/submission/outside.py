@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 LIMITS = Limits(seconds=300.0, cpu_seconds=6 * 3600, memory_bytes=6 * 2**30)
 ATTACK = "linear"
 """The attack that we make ourselves: it asks for messages alone, and takes seconds."""
-PLAIN, DRAWN = 0.002, 0.01
-"""How far an accuracy may be off: of a defense without randomness, and of one with it."""
+PLAIN, SIGMAS = 0.002, 3.5
+"""How far an accuracy may be off: without randomness, and in standard errors of fresh draws."""
 
 
 @dataclass(frozen=True)
@@ -195,18 +195,21 @@ def _value(scores: Sequence[Score], name: str) -> float | None:
 
 def _accuracy(record: Record, remote: Remote, protocol: Protocol, roles: Roles) -> CheckLine:
     right: list[Tensor] = []
-    random, at = False, 0
+    flips: list[Tensor] = []
+    at = 0
     for images in roles.private.chunks(protocol.batch):
-        shares = remote.protect(images)
-        if at == 0:
-            again = remote.protect(images)
-            random = any(not torch.equal(a, b) for a, b in zip(shares, again, strict=True))
         labels = roles.private.labels[at : at + len(images)]
+        shares, others = remote.protect(images), remote.protect(images)
         right.append(roles.task.correct(remote.logits(shares), labels))
+        if any(not torch.equal(a, b) for a, b in zip(shares, others, strict=True)):
+            flips.append(right[-1] != roles.task.correct(remote.logits(others), labels))
         at += len(images)
     found, count = float(torch.cat(right).double().mean()), at
     said = _value(record.utility, "accuracy")
-    allowed = max(DRAWN if random else PLAIN, (3 if random else 1) / count)
+    # An image that is right with probability p adds 2 p (1 - p) to the variance of the difference
+    # of two such counts: as often do two draws of it differ.
+    differ = float(torch.cat(flips).double().mean()) if flips else 0.0
+    allowed = max(PLAIN, (3 if flips else 1) / count, SIGMAS * (differ / count) ** 0.5)
     words = (
         f"{found:.4f} on {count} images, from the weights, client and servers in processes "
         f"of their own; the record says {said if said is None else format(said, '.4f')}"

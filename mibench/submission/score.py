@@ -107,6 +107,7 @@ def score(
     data_root: Path | None,
     *,
     attack: str | None = None,
+    protocol: str | None = None,
     device: str = "cpu",
     seconds: float | None = None,
     say: Callable[[str], None] = lambda _: None,
@@ -118,6 +119,7 @@ def score(
         out: folder of all its runs.
         data_root: datasets in the hub's layout; needed for all but generated images.
         attack: for a defense, one attack instead of the suite.
+        protocol: one of the submission's protocols instead of all.
         device: a PyTorch device.
         seconds: time for one run, if other than `sandbox.LIMITS` has it.
         say: told what happens.
@@ -131,9 +133,17 @@ def score(
         MibenchError: images are missing, or nothing can be written.
     """
     submission = load(folder)
-    chosen = turns(folder, submission, attack)
-    for protocol in submission.protocols:
-        refuse_missing_images(protocol, data_root)
+    if protocol is not None and protocol not in submission.protocols:
+        msg = (
+            f"{protocol!r} is none of the protocols in {folder / 'submission.yaml'}: "
+            f"{', '.join(submission.protocols)}"
+        )
+        raise SubmissionError([msg])
+    chosen = [
+        turn for turn in turns(folder, submission, attack) if protocol in (None, turn.protocol)
+    ]
+    for needed in {turn.protocol: None for turn in chosen}:
+        refuse_missing_images(needed, data_root)
     made = []
     for one in chosen:
         target = out / one.key

@@ -413,7 +413,10 @@ def _claims(look: _Look, values: Mapping[str, Json], contents: Mapping[str, byte
             elif isinstance(value, int | float) and not isinstance(value, bool):
                 low, high = RANGES[name]
                 if not low <= value <= high:
-                    look.said(place, f"claims {name} = {value}, outside {low:g} to {high:g}")
+                    text = f"claims {name} = {value}, outside {low:g} to {high:g}"
+                    if name != "mse" and (low, high) == (0, 1) and 1 < value <= 100:
+                        text += f"; a share, not per cent: {value / 100:g}?"
+                    look.said(place, text)
 
 
 def _learned(look: _Look, values: Mapping[str, Json], contents: Mapping[str, bytes]) -> None:  # noqa: ARG001

@@ -85,6 +85,20 @@ def test_without_weights_and_network_the_metric_is_unavailable(empty_hub, capfd)
     assert capfd.readouterr() == ("", "")
 
 
+def test_the_reason_does_not_tell_whose_home_it_is(tmp_path, monkeypatch):
+    hub = tmp_path / "somebody" / ".cache" / "torch" / "hub"
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(hub))
+
+    def refused(_, path, **__):
+        raise PermissionError(13, f"refuses to write '{path}.0123.partial'")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refused)
+    with pytest.raises(UnavailableError) as caught:
+        LearnedPerceptualDistance()(images(1, 32), images(1, 32))
+    assert "somebody" not in str(caught.value)
+    assert f"refuses to write '~/.cache/torch/hub/checkpoints/{FILE_NAME}'" in str(caught.value)
+
+
 def test_a_failed_load_is_tried_again(empty_hub):
     metric = LearnedPerceptualDistance()
     for _ in range(2):

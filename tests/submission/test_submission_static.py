@@ -153,7 +153,7 @@ def test_claims_have_known_ranges(folder):
     first = line_of(folder, "claims")
     found = told(folder)
     assert [one[1] for one in found] == [first + 1, first + 2, first + 4]
-    assert "accuracy = 70, outside 0 to 1" in found[0][2]
+    assert "accuracy = 70, outside 0 to 1; a share, not per cent: 0.7?" in found[0][2]
     assert "none of the submission's protocols" in found[1][2]
     assert "did you mean 'accuracy'" in found[2][2]
 

@@ -11,7 +11,7 @@ import torch
 from forged_runs import read, reckon
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from submission_runs import made
+from submission_runs import TINY, made
 from typer.testing import CliRunner
 
 import mibench.checks.attack
@@ -257,6 +257,16 @@ def test_images_that_would_have_to_be_downloaded(copy, monkeypatch):
                     .split("]")[0], "cifar10-lite-v1"))  # fmt: skip
     with pytest.raises(SubmissionError, match="the sandbox has no network"):
         scoring.score(copy.folder, copy.run.parent / "runs", None)
+
+
+def test_one_protocol_of_several(honest, copy):
+    path = copy.folder / "submission.yaml"
+    path.write_text(path.read_text().replace("protocols: [", "protocols: [cifar10-lite-v1, "))
+    out, said = honest.run.parents[1], []
+    scoring.score(copy.folder, out, None, attack="linear", protocol=TINY, say=said.append)
+    assert said == [f"{honest.run}: there already"]
+    with pytest.raises(SubmissionError, match="none of the protocols in"):
+        scoring.score(copy.folder, out, None, protocol="cifar100-lite-v1")
 
 
 def test_the_commands(copy, tmp_path, monkeypatch, unchecked):
