@@ -64,6 +64,7 @@ def site(tmp_path_factory):
 def opened(browser, address, **options):
     """A page that fails the test on any error, and on any request beyond this disk."""
     context = browser.new_context(**{"viewport": {"width": 1440, "height": 900}} | options)
+    context.set_default_timeout(150_000)  # milliseconds; a machine may be busy with other tests
     wrong = []
     context.on("request", lambda r: r.url.startswith(("file:", "data:")) or wrong.append(r.url))
     context.on("requestfailed", lambda r: wrong.append(f"failed: {r.url}"))

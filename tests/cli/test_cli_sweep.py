@@ -64,7 +64,12 @@ def test_a_sweep_is_made_then_kept_and_one_failure_stops_no_other(invoke, tmp_pa
 def test_an_interrupted_sweep_goes_on(invoke, tmp_path):
     grid = write_grid(tmp_path, defenses=["none"])
     words = ["sweep", str(grid), "--out", "out", "--device", "cpu"]
-    process = subprocess.Popen([sys.executable, "-m", "mibench.cli", *words], cwd=tmp_path)
+    # Whoever runs these tests in the background has them ignore Ctrl-C, and children inherit that.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mibench.cli", *words],
+        cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     record = tmp_path / "out/tiny-test/none-decoder-s0/record.json"
     deadline = time.monotonic() + 120
     while not record.exists():
