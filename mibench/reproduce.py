@@ -136,6 +136,10 @@ def protocol_of(record: Record) -> Protocol:
             one.attack: one.reference for one in record.calibration if one.reference is not None
         },
     }
+    if isinstance(rules := named.values.get("attacks"), dict):
+        # A record sorts its keys, and the code of a suite is told in the protocol's order.
+        order = dict.fromkeys([part.attack for part in record.suite if part.attack in rules])
+        known["attacks"] = {name: rules[name] for name in (order | rules)}
     found = build(Protocol, {**named.values, **known}, "the protocol in the record")
     # What the content id sees has changed before, so that of an older format may be another.
     edited = found.content_id != named.content and record.format_version >= CONTROLLED

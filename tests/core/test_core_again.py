@@ -117,6 +117,8 @@ def test_the_job_comes_back_from_its_record(made, defense, attack, how):
     job = job_of(record)
     chosen = protocol(**how.get("plan", {}))
     assert job.protocol.content_id == chosen.content_id
+    # In their order, which the code of a suite follows.
+    assert attack != SUITE or list(job.protocol.attacks) == list(chosen.attacks)
     assert job.protocol.references == {"linear": 2.0} or attack == "decoder"
     assert job.attack_params == how.get("given", {})
     meant = Job(chosen, defense, attack, how.get("params", {}), how.get("given", {}),
