@@ -111,14 +111,12 @@ def carry_out(
     cache = folder / "cache"
     cache.mkdir(exist_ok=True)
     told_read, told_write = os.pipe()
-    # A protocol of one's own is a file; nothing else in the words is.
-    own = [Path(one) for one in words if one.endswith(".yaml") and Path(one).is_file()]
     orders = {
         "words": list(words),
         "folder": str(folder),
         "code": str(code),
         "readable": [
-            str(one) for one in (*of_python(), code, *(one.resolve() for one in (*readable, *own)))
+            str(one) for one in (*of_python(), code, *(one.resolve() for one in readable))
         ],
         "limits": limits.described(),
         "told": told_write,
