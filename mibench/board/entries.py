@@ -419,10 +419,11 @@ def verified(root: Path, record: str, verification: Verification) -> Entry:
     return _write(root, entry.model_copy(update={"verifications": verifications}))
 
 
-def verification(level: Level, checks: list[CheckLine]) -> Verification:
-    """A verification of today by this mibench."""
+def verification(level: Level, checks: list[CheckLine], **more: object) -> Verification:
+    """A verification of today by this mibench; ``more`` are further fields of it."""
     today = datetime.now(UTC).date().isoformat()
-    return Verification(level=level, date=today, version=__version__, checks=checks)
+    values = {"level": level, "date": today, "version": __version__, "checks": checks, **more}
+    return Verification.model_validate(values)
 
 
 def check_lines(findings: list[Finding]) -> list[CheckLine]:

@@ -13,7 +13,7 @@ from mibench.board.entries import verification
 from mibench.board.model import CheckLine, Level, Verification
 from mibench.checks.record_numbers import EXACT
 from mibench.data.roles import load_roles
-from mibench.deployment import Deployed, fit
+from mibench.deployment import fit
 from mibench.errors import MibenchError, UnavailableError
 from mibench.files import Json
 from mibench.outputs import PER_IMAGE
@@ -41,11 +41,7 @@ class _Ready(ArtifactStore):
 
 
 def rescored(
-    run: Path,
-    record: Record,
-    store: ArtifactStore,
-    data_root: Path | None,
-    deployed: Deployed | None = None,
+    run: Path, record: Record, store: ArtifactStore, data_root: Path | None
 ) -> Verification:
     """Computes scores and accuracy of a run again.
 
@@ -54,17 +50,16 @@ def rescored(
         record: what lies in it.
         store: cache; a judge that is not there is trained, a defense is not.
         data_root: folder of datasets in the hub's layout, or None for generated images.
-        deployed: the trained defense; from the cache where it is None.
 
     Returns:
         A verification of level `Level.RESCORED` where both came out the same, else of
         `Level.CLAIMED`; ``differences`` says what is in the way.
     """
     lines = [scores_again(run, record, store, data_root)]
-    lines.append(_accuracy(record, store, data_root, deployed))
+    lines.append(_accuracy(record, store, data_root))
     away = [one.found for one in lines if one.verdict != "passed"]
     level = Level.CLAIMED if away else Level.RESCORED
-    return verification(level, lines).model_copy(update={"differences": away})
+    return verification(level, lines, differences=away)
 
 
 def _line(check: str, verdict: str, found: str) -> CheckLine:
@@ -112,11 +107,9 @@ def scores_again(
     return _line(SCORES, "passed", f"{largest} columns of {PER_IMAGE} are the same: {names}")
 
 
-def _accuracy(
-    record: Record, store: ArtifactStore, data_root: Path | None, deployed: Deployed | None
-) -> CheckLine:
+def _accuracy(record: Record, store: ArtifactStore, data_root: Path | None) -> CheckLine:
     try:
-        found = list(_recomputed(record, _Ready(store.root), data_root, deployed))
+        found = list(_recomputed(record, _Ready(store.root), data_root))
     except UnavailableError as error:
         return _line(ACCURACY, "skipped", f"accuracy was not computed again: {error}")
     except MibenchError as error:
@@ -131,15 +124,13 @@ def _accuracy(
     return _line(ACCURACY, "passed", f"the weights give the record's {told}")
 
 
-def _recomputed(
-    record: Record, store: ArtifactStore, data_root: Path | None, deployed: Deployed | None
-) -> Iterator[Score]:
+def _recomputed(record: Record, store: ArtifactStore, data_root: Path | None) -> Iterator[Score]:
     """Accuracy of the defended model and of the undefended one."""
     job = job_of(record)
     torch.set_num_threads(job.protocol.threads)
     roles = load_roles(job.protocol.data, data_root, store.root)
     device = "cpu"
-    defended = fit(job, roles, store, device) if deployed is None else deployed
+    defended = fit(job, roles, store, device)
     wanted = record.defense_facts.get("trained_weights")
     if defended.weights != wanted:
         raise UnavailableError(

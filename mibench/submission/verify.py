@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from mibench import __version__
 from mibench.artifacts import ArtifactStore, open_artifact
 from mibench.board import entries, layout
-from mibench.board.entries import check_lines
-from mibench.board.model import CheckLine, Entry, Level, Origin, Verification
+from mibench.board.entries import check_lines, verification
+from mibench.board.model import CheckLine, Entry, Level, Origin
 from mibench.board.rescoring import scores_again
 from mibench.checks import targets
 from mibench.checks.base import Finding, Verdict
@@ -34,7 +32,6 @@ from mibench.submission.score import WEIGHTS, place, refuse_missing_images, run_
 from mibench.submission.static import content_of, load
 from mibench.verdict import CIRCUMSTANCES, compare
 
-BATTERY_SKIPPED = "the component comes with mibench"
 Say = Callable[[str], None]
 
 
@@ -119,12 +116,6 @@ def _refuse(what: str, lines: Sequence[str]) -> None:
 
 def _failures(lines: Sequence[CheckLine]) -> list[str]:
     return [f"{one.check}: {one.found}" for one in lines if one.verdict == Verdict.FAILED]
-
-
-def _told(level: Level, lines: Sequence[CheckLine], **more: object) -> Verification:
-    today = datetime.now(UTC).date().isoformat()
-    values = {"level": level, "date": today, "version": __version__, "checks": list(lines), **more}
-    return Verification.model_validate(values)
 
 
 # --- whose run it is -----------------------------------------------------------------------------
@@ -229,7 +220,7 @@ def _claimed(
     )
     walls = CheckLine(check="isolation", verdict="passed", found=said)
     checks = [form, *check_lines(findings), walls]
-    return entries.verified(root, record.id, _told(Level.CLAIMED, checks))
+    return entries.verified(root, record.id, verification(Level.CLAIMED, checks))
 
 
 def battery(
@@ -309,7 +300,7 @@ def _rescored(
     ]
     away = [one for one in lines if one.check == "rescored-scores" and one.verdict == "skipped"]
     _refuse("rescored", _failures(lines) + [f"{one.check}: {one.found}" for one in away])
-    return entries.verified(root, record.id, _told(Level.RESCORED, lines))
+    return entries.verified(root, record.id, verification(Level.RESCORED, lines))
 
 
 def _reproduced(
@@ -365,7 +356,7 @@ def _reproduced(
         verdict="passed",
         found=f"record {again.id}, {len(verdict.rows)} means within the noise floor of seeds",
     )
-    told = _told(
+    told = verification(
         Level.REPRODUCED,
         [rerun, walls],
         verdict=verdict.word,
