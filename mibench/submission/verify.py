@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -33,6 +34,20 @@ from mibench.submission.static import content_of, load
 from mibench.verdict import CIRCUMSTANCES, compare
 
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What is verified, and with what; see `verify`."""
+
+    folder: Path
+    submission: Submission
+    run: Path
+    record: Record
+    root: Path
+    data_root: Path | None
+    store: ArtifactStore
+    say: Say
 
 
 def verify(
@@ -75,6 +90,7 @@ def verify(
     submission = load(folder)
     record = read_record(run)
     _refuse(f"{run}", _belongs(folder, submission, record))
+    case = _Case(folder, submission, run, record, root, data_root, store, say)
     wanted = list(Level)[: list(Level).index(level) + 1]
     entry = _known(root, record)
     for one in wanted:
@@ -84,13 +100,11 @@ def verify(
         if one is not Level.CLAIMED:
             refuse_missing_images(submission.protocols[_protocol_at(submission, record)], data_root)
         if one is Level.CLAIMED:
-            entry = _claimed(folder, submission, run, record, root, data_root, store, say)
+            entry = _claimed(case)
         elif one is Level.RESCORED:
-            entry = _rescored(folder, submission, run, record, root, data_root, store, say)
+            entry = _rescored(case)
         else:
-            entry = _reproduced(
-                folder, run, record, root, data_root, store, say, seed, out, seconds
-            )
+            entry = _reproduced(case, seed, out, seconds)
         say(f"{one}: reached")
     assert entry is not None, "the first level makes it"
     return entry
@@ -182,20 +196,12 @@ def _way(folder: Path, submission: Submission) -> Way:
 # --- the levels ----------------------------------------------------------------------------------
 
 
-def _claimed(
-    folder: Path,
-    submission: Submission,
-    run: Path,
-    record: Record,
-    root: Path,
-    data_root: Path | None,
-    store: ArtifactStore,
-    say: Say,
-) -> Entry:
+def _claimed(case: _Case) -> Entry:
+    submission, record, say = case.submission, case.record, case.say
     say("claimed: the record against its files")
-    lines = _failures(check_lines(check_run(run)))
+    lines = _failures(check_lines(check_run(case.run)))
     say("claimed: the component in confined processes")
-    findings, said = battery(folder, submission, record, say)
+    findings, said = battery(case.folder, submission, record, say)
     lines += _failures(check_lines(findings))
     _refuse("claimed", lines)
     origin = Origin(
@@ -209,18 +215,20 @@ def _claimed(
         supersedes=submission.supersedes,
     )
     claims = submission.claims.get(record.protocol.id, {})
-    entry = entries.add(run, root, origin, claims, data_root=data_root, store=store)
+    entry = entries.add(
+        case.run, case.root, origin, claims, data_root=case.data_root, store=case.store
+    )
     if entry.origin != origin:
         who = entry.origin.submission or "mibench itself"
         raise SubmissionError([f"record {record.id} is on the board already, as one of {who}"])
     form = CheckLine(
         check="submission",
         verdict="passed",
-        found=f"its folder is in form; the hash of its content is {content_of(folder)}",
+        found=f"its folder is in form; the hash of its content is {content_of(case.folder)}",
     )
     walls = CheckLine(check="isolation", verdict="passed", found=said)
     checks = [form, *check_lines(findings), walls]
-    return entries.verified(root, record.id, verification(Level.CLAIMED, checks))
+    return entries.verified(case.root, record.id, verification(Level.CLAIMED, checks))
 
 
 def battery(
@@ -257,16 +265,9 @@ def battery(
         )
 
 
-def _rescored(
-    folder: Path,
-    submission: Submission,
-    run: Path,
-    record: Record,
-    root: Path,
-    data_root: Path | None,
-    store: ArtifactStore,
-    say: Say,
-) -> Entry:
+def _rescored(case: _Case) -> Entry:
+    run, record, say = case.run, case.record, case.say
+    data_root, store = case.data_root, case.store
     say("rescored: the stored images against the originals")
     arithmetic = check_lines(check_run(run, data_root, store.root))
     lines = [scores_again(run, record, store, data_root)]
@@ -290,8 +291,8 @@ def _rescored(
         )
     )
     if same:
-        way = _way(folder, submission)
-        if submission.kind == "attack":
+        way = _way(case.folder, case.submission)
+        if case.submission.kind == "attack":
             way = Way(record.defense.name, record.defense.params)
         lines += looked_at(record, protocol, roles, way, artifact.tensors, store)
     wrong = [one for one in arithmetic if one.verdict == "failed"]
@@ -300,21 +301,12 @@ def _rescored(
     ]
     away = [one for one in lines if one.check == "rescored-scores" and one.verdict == "skipped"]
     _refuse("rescored", _failures(lines) + [f"{one.check}: {one.found}" for one in away])
-    return entries.verified(root, record.id, verification(Level.RESCORED, lines))
+    return entries.verified(case.root, record.id, verification(Level.RESCORED, lines))
 
 
-def _reproduced(
-    folder: Path,
-    run: Path,
-    record: Record,
-    root: Path,
-    data_root: Path | None,
-    store: ArtifactStore,
-    say: Say,
-    seed: int | None,
-    out: Path | None,
-    seconds: float | None,
-) -> Entry:
+def _reproduced(case: _Case, seed: int | None, out: Path | None, seconds: float | None) -> Entry:
+    run, record, say = case.run, case.record, case.say
+    data_root, store = case.data_root, case.store
     fresh = seed
     while fresh is None or (seed is None and fresh == record.seed):
         fresh = secrets.randbelow(2**31)
@@ -326,7 +318,15 @@ def _reproduced(
     say(f"reproduced: the whole run again with seed {fresh}, in the sandbox: {target}")
     words = ["reproduce", str(whole), "--seed", str(fresh), "--out", str(target.resolve())]
     done = run_confined(
-        words, target, folder, data_root, "the rerun", seconds, say, readable=[whole], fine=(0, 1)
+        words,
+        target,
+        case.folder,
+        data_root,
+        "the rerun",
+        seconds,
+        say,
+        readable=[whole],
+        fine=(0, 1),
     )
     sandbox.drop_cache(target)
     # The rerun's own verdict was made beside foreign code; this one is made here.
@@ -363,4 +363,4 @@ def _reproduced(
         seed=fresh,
         differences=[str(one) for one in verdict.differences if one.place in CIRCUMSTANCES],
     )
-    return entries.verified(root, record.id, told)
+    return entries.verified(case.root, record.id, told)
