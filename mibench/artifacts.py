@@ -33,9 +33,9 @@ from mibench.files import (
     content_id,
     pretty_json,
     storage_error,
-    sync_folder,
     temporary_name,
     write_atomically,
+    write_folder,
 )
 
 log = logging.getLogger(__name__)
@@ -267,18 +267,8 @@ class ArtifactStore:
             "sha256": _digest(data),
             "size": len(data),
         }
-        place = self._place(kind, key)
-        temporary = self._temporary(kind, key)
-        try:
-            temporary.mkdir()
-            write_atomically(temporary / _TENSORS, data)
-            write_atomically(temporary / _RECORD, pretty_json(record))
-            temporary.rename(place)
-        except OSError as error:
-            raise storage_error("write", place, error) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        sync_folder(place.parent)
+        files = {_TENSORS: data, _RECORD: pretty_json(record)}
+        write_folder(self._place(kind, key), files, mark=f".{key}")
         return Artifact(kind, key, tensors, facts, reused=False)
 
     @contextmanager

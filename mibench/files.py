@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -95,6 +96,30 @@ def _write_new_and_replace(target: Path, data: bytes) -> None:
     except BaseException:  # an interrupt from the keyboard must not leave the file either
         _remove_quietly(temporary)
         raise
+
+
+def write_folder(place: Path, files: Mapping[str, bytes], *, mark: str = "") -> None:
+    """Writes a new folder of files, which appears whole or not at all.
+
+    Args:
+        place: The folder. It must not be there yet; folders above it are made.
+        files: Content by name.
+        mark: Begins the name that the folder has until it is whole.
+
+    Raises:
+        StorageError: It cannot be written. Nothing of it is left.
+    """
+    temporary = place.with_name(f"{mark}{temporary_name()}")
+    try:
+        temporary.mkdir(parents=True)
+        for name, data in files.items():
+            write_atomically(temporary / name, data)
+        temporary.rename(place)
+    except OSError as error:
+        raise storage_error("write", place, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync_folder(place.parent)
 
 
 def plain_name(name: str) -> str:

@@ -90,12 +90,27 @@ def _share(runs: Sequence[Held], like: Score) -> dict[str, object] | None:
     values, floor, reference = columns
     if values is None or floor is None or reference is None:
         return None
+    return leakage_fields(values, floor, reference, like, runs[0].record.seed)
+
+
+def leakage_fields(
+    values: Tensor, floor: Tensor, undefended: Tensor, like: Score, seed: int
+) -> dict[str, object] | None:
+    """Normalised leakage as a score has it; None where the undefended split leaks nothing.
+
+    Args:
+        values: of the attack, (N,).
+        floor: of the blind guess, (N,).
+        undefended: of the undefended split, (N,).
+        like: a score of the metric.
+        seed: of the run.
+    """
     found = normalised_leakage(
         values,
         floor,
-        reference,
+        undefended,
         more_leakage="higher" if like.higher_is_better else "lower",
-        seed=interval_seed(runs[0].record.seed),
+        seed=interval_seed(seed),
     )
     if found.value is None:
         return None

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -40,10 +39,8 @@ from mibench.errors import BoardError, InvalidParamsError, MibenchError
 from mibench.files import (
     Json,
     pretty_json,
-    storage_error,
-    sync_folder,
-    temporary_name,
     write_atomically,
+    write_folder,
 )
 from mibench.outputs import PER_IMAGE, RECORD
 from mibench.params import build
@@ -462,8 +459,6 @@ def _write(root: Path, entry: Entry) -> Entry:
 
 def _put(run: Path, root: Path, record: Record, entry: Entry, picture: bytes | None) -> None:
     """Writes the folder of a record; it appears whole or not at all."""
-    place = layout.record_folder(root, record.id)
-    temporary = place.with_name(temporary_name())
     files = {
         RECORD: (run / RECORD).read_bytes(),
         PER_IMAGE: (run / PER_IMAGE).read_bytes(),
@@ -475,13 +470,4 @@ def _put(run: Path, root: Path, record: Record, entry: Entry, picture: bytes | N
              if len(data) > _most(name)]  # fmt: skip
     if large:
         raise BoardError(f"{run} is not put on the leaderboard: {', '.join(large)}, too many")
-    try:
-        temporary.mkdir(parents=True)
-        for name, data in files.items():
-            write_atomically(temporary / name, data)
-        temporary.rename(place)
-    except OSError as error:
-        raise storage_error("write", place, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    sync_folder(place.parent)
+    write_folder(layout.record_folder(root, record.id), files)

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from mibench.board import gain as over_noise
-from mibench.board.columns import DIGITS, column, rounded, score_of
+from mibench.board.columns import DIGITS, column, leakage_fields, rounded, score_of
 from mibench.board.entries import Held
 from mibench.board.names import OTHER_SEED, defaults_of, word
 from mibench.evaluate import OVER_BUDGET
 from mibench.files import canonical_json
 from mibench.job import SUITE, UNDEFENDED
-from mibench.metrics.intervals import normalised_leakage
 from mibench.record import Record, Score
 from mibench.strike import interval_seed
 
@@ -189,21 +188,11 @@ class Noise:
         if not columns:
             return None
         values, floor, bare = torch.stack(columns).mean(0)
-        found = normalised_leakage(
-            values,
-            floor,
-            bare,
-            more_leakage="higher" if like.higher_is_better else "lower",
-            seed=interval_seed(runs[0].record.seed),
-        )
-        if found.value is None:
+        found = leakage_fields(values, floor, bare, like, runs[0].record.seed)
+        if found is None:
             return None
-        score = _blank_share(like).model_copy(
-            update=rounded(
-                {"value": found.value, "ci_low": found.low, "ci_high": found.high, "n": found.n,
-                 "reason": found.reason, "source": f"{STRENGTH} {_strength(runs[0].record)}"}
-            )
-        )  # fmt: skip
+        source = f"{STRENGTH} {_strength(runs[0].record)}"
+        score = _blank_share(like).model_copy(update=rounded({**found, "source": source}))
         return round(sum(right) / len(right), DIGITS), score
 
     def _end(self, like: Score) -> tuple[float, Score]:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pandas as pd
 import pyarrow.parquet as pq
-from PIL import Image
 from pydantic import ValidationError
 
 from mibench.checks import record_facts, record_numbers, record_rules
@@ -24,6 +23,7 @@ from mibench.checks.record_run import Problem, Run
 from mibench.files import Json
 from mibench.outputs import GRID, MANIFEST, OF_CONTROLS, PER_IMAGE, RECONSTRUCTIONS, RECORD
 from mibench.record import CONTROLLED, FORMAT, Record
+from mibench.stored import from_png
 
 LARGEST = 2**28
 """Bytes of the largest file that is read."""
@@ -321,18 +321,11 @@ def _pictures(run: Run, attacked: int, side: int) -> Iterator[Problem]:
         yield Problem(f"{len(strange)} files beside the reconstructions, such as {strange[0]}")
     for path in run.pictures():
         try:
-            with Image.open(path, formats=("PNG",)) as image:
-                size, mode = image.size, image.mode
-                if size == (side, side):
-                    image.load()
+            from_png(_bytes(path), side)
+        except ValueError as error:
+            yield Problem(f"{RECONSTRUCTIONS}/{path.name} {error}")
         except Exception as error:
             yield Problem(f"{RECONSTRUCTIONS}/{path.name} is no readable PNG ({error})")
-            continue
-        if size != (side, side) or mode != "RGB":
-            yield Problem(
-                f"{RECONSTRUCTIONS}/{path.name} is {size[0]}x{size[1]} {mode}, "
-                f"not {side}x{side} RGB"
-            )
 
 
 # --- suites --------------------------------------------------------------------------------------
