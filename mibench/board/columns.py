@@ -82,15 +82,22 @@ def _summary(runs: Sequence[Held], metric: str, higher: bool) -> dict[str, objec
     }  # fmt: skip
 
 
-def _share(runs: Sequence[Held], like: Score) -> dict[str, object] | None:
-    columns = [
-        mean_columns(runs, f"{prefix}{like.metric}")
-        for prefix in ("", "prior_only_", "undefended_")
-    ]
-    values, floor, reference = columns
-    if values is None or floor is None or reference is None:
+def beside_controls(runs: Sequence[Held], metric: str) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Values of the attack, the blind guess and the undefended split, (N,) each, over the runs.
+
+    None where one of them is not known.
+    """
+    values, floor, undefended = (
+        mean_columns(runs, f"{prefix}{metric}") for prefix in ("", "prior_only_", "undefended_")
+    )
+    if values is None or floor is None or undefended is None:
         return None
-    return leakage_fields(values, floor, reference, like, runs[0].record.seed)
+    return values, floor, undefended
+
+
+def _share(runs: Sequence[Held], like: Score) -> dict[str, object] | None:
+    found = beside_controls(runs, like.metric)
+    return None if found is None else leakage_fields(*found, like, runs[0].record.seed)
 
 
 def leakage_fields(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum, auto
 
 from mibench.board import rules
-from mibench.board.columns import mean_columns
+from mibench.board.columns import beside_controls
 from mibench.board.entries import Held
 from mibench.board.model import Advisory, Level
 from mibench.board.rules import Interval
@@ -57,11 +57,10 @@ def _never_certain(runs: Sequence[Held], name: str, leakage: Score) -> tuple[flo
     """
     assert leakage.ci_low is not None
     assert leakage.ci_high is not None
-    columns = [mean_columns(runs, f"{prefix}{name}") for prefix in
-               ("", "prior_only_", "undefended_")]  # fmt: skip
-    values, floor, top = columns
-    if values is None or floor is None or top is None:
+    found = beside_controls(runs, name)
+    if found is None:
         return leakage.ci_low, leakage.ci_high
+    values, floor, top = found
     if not bool((values == values[0]).all()) or float(values[0]) not in (0.0, 1.0):
         return leakage.ci_low, leakage.ci_high
     base, span = float(floor.mean()), float((top - floor).mean())
