@@ -236,13 +236,7 @@ def open_record(job: Job, device: str) -> Record:
         found[one.attack] = component_of(method, one.attack, one.merged_attack_params())
     return Record(
         status="started",
-        protocol=ProtocolId(
-            id=protocol.id,
-            content=protocol.content_id,
-            track=protocol.track,
-            ranked=protocol.ranked and not job.deviations(),
-            values=protocol.recorded(),
-        ),
+        protocol=identified(protocol, ranked=protocol.ranked and not job.deviations()),
         defense=component_of(defenses.load(job.defense), job.defense, job.defense_params),
         attack=_suite(found) if job.suite else found[job.attack],
         backbone=component_of(backbones.load(backbone.name), backbone.name, backbone.params),
@@ -251,6 +245,17 @@ def open_record(job: Job, device: str) -> Record:
         convergence=[] if job.converge else None,
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         provenance=provenance(device, protocol.threads),
+    )
+
+
+def identified(protocol: Protocol, *, ranked: bool) -> ProtocolId:
+    """Returns what a record says of its protocol; ``ranked`` is whether the run may have a rank."""
+    return ProtocolId(
+        id=protocol.id,
+        content=protocol.content_id,
+        track=protocol.track,
+        ranked=ranked,
+        values=protocol.recorded(),
     )
 
 

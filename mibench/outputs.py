@@ -16,7 +16,7 @@ from mibench.errors import StorageError
 from mibench.evaluate import Result, manifest_text
 from mibench.files import ensure_writable, write_atomically
 from mibench.record import Record
-from mibench.stored import to_bytes
+from mibench.stored import to_bytes, to_png
 
 RECORD = "record.json"
 PER_IMAGE = "per_image.parquet"
@@ -63,7 +63,7 @@ def write_result(result: Result, out: Path) -> Record:
         ensure_writable(out / folder)
         together = hashlib.sha256()
         for name, image in named.items():
-            data = _png(Image.fromarray(image))
+            data = to_png(Image.fromarray(image))
             together.update(data)
             write_atomically(out / folder / f"{name}.png", data)
         files[folder] = together.hexdigest()
@@ -73,7 +73,7 @@ def write_result(result: Result, out: Path) -> Record:
 
     written = {PER_IMAGE: _parquet(per_image_table(result))}
     if "permuted" in result.controls:  # not so for an old run that was scored anew
-        written[GRID] = _png(_grid(result, images))
+        written[GRID] = to_png(_grid(result, images))
     for name, data in written.items():
         write_atomically(out / name, data)
         files[name] = hashlib.sha256(data).hexdigest()
@@ -169,12 +169,6 @@ def _captions(result: Result) -> list[str]:
     """Names of the classes; lists of attributes are too long for a caption."""
     labels = result.originals.labels
     return [result.task.describe(label) if labels.ndim == 1 else "" for label in labels]
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def _parquet(table: pd.DataFrame) -> bytes:

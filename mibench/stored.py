@@ -28,6 +28,13 @@ def rounded(images: Tensor) -> Tensor:
     return _scaled(images).float() / 255
 
 
+def to_png(image: Image.Image) -> bytes:
+    """Returns an image as the bytes of a PNG."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 def from_png(data: bytes, side: int) -> Tensor:
     """Reads a square PNG of 8-bit RGB, as uint8 (3, side, side).
 

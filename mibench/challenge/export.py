@@ -24,10 +24,10 @@ from mibench.challenge.schema import CHALLENGE, README, SHARES, WEIGHTS, Challen
 from mibench.data.roles import load_roles
 from mibench.deployment import fit
 from mibench.errors import InvalidParamsError, MibenchError, RecordError, StorageError
-from mibench.evaluate import component_of
+from mibench.evaluate import component_of, identified
 from mibench.files import canonical_json, ensure_writable, write_atomically
 from mibench.job import UNDEFENDED, Job
-from mibench.record import Component, ProtocolId, Record, read_record
+from mibench.record import Component, Record, read_record
 from mibench.registry import defenses
 from mibench.rescore import refuse_other_data
 
@@ -107,13 +107,7 @@ def export(
     ]
     named = {one.name: share.contiguous() for one, share in zip(messages, shares, strict=True)}
     challenge = Challenge(
-        protocol=ProtocolId(
-            id=protocol.id,
-            content=protocol.content_id,
-            track=protocol.track,
-            ranked=protocol.ranked,
-            values=protocol.recorded(),
-        ),
+        protocol=identified(protocol, ranked=protocol.ranked),
         defense=defense,
         seed=job.seed,
         adversary=facts,

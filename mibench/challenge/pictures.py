@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import stat
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from mibench.challenge.schema import Challenge
 from mibench.checks.base import one_line
 from mibench.errors import DataError
 from mibench.files import ensure_writable, storage_error, write_atomically
-from mibench.stored import from_png, to_bytes
+from mibench.stored import from_png, to_bytes, to_png
 
 ROOM = 2**14
 """Bytes that a PNG may have beyond its uncompressed pixels."""
@@ -35,9 +34,7 @@ def save_reconstructions(images: Tensor, folder: Path) -> None:
     """
     ensure_writable(folder)
     for index, image in enumerate(to_bytes(images)):
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, format="PNG")
-        write_atomically(folder / f"{index:04}.png", buffer.getvalue())
+        write_atomically(folder / f"{index:04}.png", to_png(Image.fromarray(image)))
 
 
 def read_reconstructions(folder: Path, challenge: Challenge) -> tuple[Tensor, str]:
