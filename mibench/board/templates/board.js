@@ -117,12 +117,12 @@
   };
   form.addEventListener("input", update);
   form.addEventListener("submit", (event) => event.preventDefault());
-  form.addEventListener("reset", () => {
+  form.querySelector("[type=reset]").addEventListener("click", (event) => {
+    event.preventDefault();
+    form.reset(); // at once, so that what follows sees empty fields
     order = { ...start };
-    setTimeout(() => {
-      sort();
-      update();
-    });
+    sort();
+    update();
   });
   addEventListener("hashchange", () => {
     recall();
