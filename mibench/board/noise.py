@@ -10,6 +10,7 @@ from torch import Tensor
 from mibench.board import gain as over_noise
 from mibench.board.columns import DIGITS, column, leakage_fields, rounded, score_of
 from mibench.board.entries import Held
+from mibench.board.model import Entry, Level
 from mibench.board.names import OTHER_SEED, defaults_of, word
 from mibench.evaluate import OVER_BUDGET
 from mibench.files import canonical_json
@@ -31,9 +32,9 @@ class Noise:
     """
 
     def __init__(self, held: Sequence[Held]) -> None:
-        # Or a submission could bend the curve that it is held against.
-        ours = [one for one in held if one.listed.entry.origin.kind == "builtin"]
-        self._held = [one for one in ours if not _off_curve(one.record)]
+        self._held = [
+            one for one in held if _may_bend(one.listed.entry) and not _off_curve(one.record)
+        ]
         self._noise = [one for one in self._held if _is_noise(one.record)]
         strengths: dict[str, set[object]] = {}
         for one in self._noise:
@@ -70,7 +71,7 @@ class Noise:
 
     def _gain(self, record: Record, runs: Sequence[Held], like: Score) -> Score:
         if self.attack is None:
-            return over_noise.nothing(like, "no noise was measured under this protocol")
+            return over_noise.nothing(like, "no noise counts under this protocol yet")
         if _is_undefended(record):
             return over_noise.nothing(like, "the undefended split is the end of the noise curve")
         if _is_noise(record):
@@ -217,6 +218,11 @@ def _blank_share(like: Score) -> Score:
         update={**blank, "unit": "share of the undefended leakage", "higher_is_better": True,
                 "reason": "not computed"}
     )  # fmt: skip
+
+
+def _may_bend(entry: Entry) -> bool:
+    """Whether a record may shape the curve: what somebody else made, or only claimed, may not."""
+    return entry.origin.kind == "builtin" and entry.level is not Level.CLAIMED
 
 
 def _off_curve(record: Record) -> bool:

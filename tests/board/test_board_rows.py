@@ -258,7 +258,7 @@ def test_without_noise_there_is_no_gain(root):
     section = only(root)
     assert section.noise == {}
     assert section.noise_attack is None
-    assert section.rows[0].gain["ssim"].reason == "no noise was measured under this protocol"
+    assert section.rows[0].gain["ssim"].reason == "no noise counts under this protocol yet"
 
 
 def test_a_submission_cannot_bend_the_noise_curve(root):
@@ -267,19 +267,19 @@ def test_a_submission_cannot_bend_the_noise_curve(root):
     assert only(root).noise_attack is None
 
 
-@pytest.mark.parametrize("how", ["advisory", "superseded"])
+@pytest.mark.parametrize("how", ["advisory", "superseded", "claimed"])
 def test_noise_that_does_not_count_any_more_bends_no_curve(root, how):
     noises(root)
     row_on(root, defense="vib", attack="decoder", ssim=0.3, accuracy=0.72)
     given = {"defense": "noise", "attack": "decoder", "accuracy": 0.72}
     values, table = numbers(params={"snr_db": 0.0}, ssim=0.1, **given)
-    wrong = put(root, values, table)
+    wrong = put(root, values, table, level=Level.CLAIMED if how == "claimed" else Level.RESCORED)
     if how == "advisory":
         folder = layout.advisories(root)
         folder.mkdir()
         told = Advisory(id="A", date="2026-03-01", title="t", text="t", records=[wrong])
         (folder / "A.yaml").write_bytes(pretty_json(told.model_dump(mode="json")))
-    else:
+    elif how == "superseded":
         values, table = numbers(params={"snr_db": 0.0}, ssim=0.6, **given)
         put(root, values | {"supersedes": wrong}, table)
     row = by_label(root)["vib"]
