@@ -8,8 +8,10 @@ defense cannot tell from a user.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -43,8 +45,8 @@ if TYPE_CHECKING:
     from mibench.defenses.base import Defense
 
 LIMITS = Limits(seconds=300.0, cpu_seconds=6 * 3600, memory_bytes=6 * 2**30)
-ATTACK = "linear"
-"""The attack that we make ourselves: it asks for messages alone, and takes seconds."""
+QUICK, THOROUGH = "linear", "decoder"
+"""Attacks that we make ourselves: they ask for messages alone, and take seconds and minutes."""
 PLAIN, SIGMAS = 0.002, 3.5
 """How far an accuracy may be off: without randomness, and in standard errors of fresh draws."""
 
@@ -64,30 +66,36 @@ class Way:
     readable: tuple[Path, ...] = ()
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A submission's trained defense, and what is said of it.
+
+    Attributes:
+        record: of the run.
+        protocol: of the record.
+        roles: its images.
+        way: how the defense is loaded.
+        weights: trained ones, checked against the record already.
+    """
+
+    record: Record
+    protocol: Protocol
+    roles: Roles
+    way: Way
+    weights: Mapping[str, Tensor]
+
+
 class Remote:
     """A trained defense in processes of its own, with the methods that an attacker can reach.
 
     Args:
         nursery: starts the processes.
-        way: how it is loaded.
-        protocol: gives the backbone.
-        roles: give shape and task.
-        weights: the trained ones.
-        seed: of the initial weights, which the trained ones replace.
+        trained: what runs in them.
     """
 
-    def __init__(
-        self,
-        nursery: Nursery,
-        way: Way,
-        protocol: Protocol,
-        roles: Roles,
-        weights: Mapping[str, Tensor],
-        seed: int,
-    ) -> None:
-        self.task = roles.task
-        self._nursery, self._way, self._protocol = nursery, way, protocol
-        self._shape, self._weights, self._seed = roles.train.image_shape, weights, seed
+    def __init__(self, nursery: Nursery, trained: Trained) -> None:
+        self.task = trained.roles.task
+        self._nursery, self._trained = nursery, trained
         self._turn = 0
         self._secret = secrets.randbelow(2**31)
         self._client = self._start("client")
@@ -97,7 +105,8 @@ class Remote:
         self._reader = self._start("reader")
 
     def _start(self, role: str) -> Process:
-        way, rule = self._way, self._protocol.backbone
+        trained = self._trained
+        way, rule = trained.way, trained.protocol.backbone
         process = self._nursery.start(role, LIMITS, way.readable)
         process.ask("component.load", kind="defense", name=way.name, params=dict(way.params))
         self._facts, _ = process.ask(
@@ -105,14 +114,14 @@ class Remote:
             backbone=rule.name,
             backbone_params=dict(rule.params),
             split_point=rule.split_point,
-            image_shape=list(self._shape),
+            image_shape=list(trained.roles.train.image_shape),
             classes=list(self.task.names),
             attributes=isinstance(self.task, Attributes),
-            seed=self._seed,
+            seed=trained.record.seed,  # of the initial weights, which the trained ones replace
         )
         if self._facts["misfit"] is not None:
             raise SubmissionError([f"it cannot be built: {self._facts['misfit']}"])
-        process.ask("defense.load", self._weights)
+        process.ask("defense.load", trained.weights)
         return process
 
     def protect(self, images: Tensor) -> Shares:
@@ -144,45 +153,46 @@ class Remote:
         return int(told["client_flops"])
 
 
-def looked_at(
-    record: Record,
-    protocol: Protocol,
-    roles: Roles,
-    way: Way,
-    weights: Mapping[str, Tensor],
-    store: ArtifactStore,
-) -> list[CheckLine]:
+def looked_at(trained: Trained, store: ArtifactStore) -> list[CheckLine]:
     """Measures again what a record says of a defense, from its weights and from outside.
 
     Args:
-        record: of the run.
-        protocol: of the record.
-        roles: its images.
-        way: how the defense is loaded.
-        weights: trained ones, checked against the record already.
+        trained: the defense.
         store: our own cache; the undefended model is taken from there, or trained.
 
     Returns:
         One line for each thing that was measured; a verdict ``failed`` where the record says
         otherwise.
     """
-    torch.set_num_threads(protocol.threads)
+    lines = _questioned(trained, _accuracy, _cost, partial(_attack, attack=QUICK))
+    return [*lines, *_undefended(trained, store)]
+
+
+def thoroughly_attacked(trained: Trained) -> list[CheckLine]:
+    """Trains a decoder of our own on a defense's messages, and holds it against the record.
+
+    Returns:
+        As `looked_at`.
+    """
+    return _questioned(trained, partial(_attack, attack=THOROUGH))
+
+
+def _questioned(
+    trained: Trained, *questions: Callable[[Trained, Remote], CheckLine]
+) -> list[CheckLine]:
+    """Puts a defense into its processes, asks all questions, and says what it was kept from."""
+    torch.set_num_threads(trained.protocol.threads)
     lines: list[CheckLine] = []
     with Nursery(["mibench.checks.defense_host"]) as nursery:
         try:
-            remote = Remote(nursery, way, protocol, roles, weights, record.seed)
-            lines.append(_accuracy(record, remote, protocol, roles))
-            lines.append(_cost(record, remote, roles))
-            lines.append(_attack(record, remote, protocol, roles))
+            remote = Remote(nursery, trained)
+            lines += [question(trained, remote) for question in questions]
         except ComponentError as error:
             lines.append(_line("outside", False, f"{error.finding.check}: {error.finding.found}"))
         except SubmissionError as error:
             lines.append(_line("outside", False, str(error)))
-        lines.append(
-            CheckLine(check="isolation", verdict="passed", found=isolation(nursery.confined))
-        )
-    lines += _undefended(record, protocol, roles, store)
-    return lines
+        walls = isolation(nursery.confined)
+    return [*lines, CheckLine(check="isolation", verdict="passed", found=walls)]
 
 
 def _line(check: str, good: bool, found: str) -> CheckLine:
@@ -193,11 +203,12 @@ def _value(scores: Sequence[Score], name: str) -> float | None:
     return next((one.value for one in scores if one.metric == name), None)
 
 
-def _accuracy(record: Record, remote: Remote, protocol: Protocol, roles: Roles) -> CheckLine:
+def _accuracy(trained: Trained, remote: Remote) -> CheckLine:
+    roles, batch = trained.roles, trained.protocol.batch
     right: list[Tensor] = []
     flips: list[Tensor] = []
     at = 0
-    for images in roles.private.chunks(protocol.batch):
+    for images in roles.private.chunks(batch):
         labels = roles.private.labels[at : at + len(images)]
         shares, others = remote.protect(images), remote.protect(images)
         right.append(roles.task.correct(remote.logits(shares), labels))
@@ -205,7 +216,7 @@ def _accuracy(record: Record, remote: Remote, protocol: Protocol, roles: Roles) 
             flips.append(right[-1] != roles.task.correct(remote.logits(others), labels))
         at += len(images)
     found, count = float(torch.cat(right).double().mean()), at
-    said = _value(record.utility, "accuracy")
+    said = _value(trained.record.utility, "accuracy")
     # An image that is right with probability p adds 2 p (1 - p) to the variance of the difference
     # of two such counts: as often do two draws of it differ.
     differ = float(torch.cat(flips).double().mean()) if flips else 0.0
@@ -217,10 +228,10 @@ def _accuracy(record: Record, remote: Remote, protocol: Protocol, roles: Roles) 
     return _line("accuracy", said is not None and abs(found - said) <= allowed + 1e-9, words)
 
 
-def _cost(record: Record, remote: Remote, roles: Roles) -> CheckLine:
-    image = roles.attacked.images(slice(0, 1))
+def _cost(trained: Trained, remote: Remote) -> CheckLine:
+    image = trained.roles.attacked.images(slice(0, 1))
     sent, flops = bytes_on_wire(remote.protect(image)), remote.client_flops(image)
-    said = record.cost
+    said = trained.record.cost
     same = said is not None and (sent, flops) == (said.bytes_up, said.client_flops)
     told = "nothing" if said is None else f"{said.bytes_up} bytes and {said.client_flops} FLOPs"
     return _line(
@@ -228,16 +239,13 @@ def _cost(record: Record, remote: Remote, roles: Roles) -> CheckLine:
     )
 
 
-def _attack(record: Record, remote: Remote, protocol: Protocol, roles: Roles) -> CheckLine:
+def _attack(trained: Trained, remote: Remote, attack: str) -> CheckLine:
     """Reads the messages ourselves: a run that hid what it leaks shows less than we get."""
+    record = trained.record
     servers = () if record.adversary is None else tuple(record.adversary.corrupted)
-    ours = _own_psnr(cast("Defense", remote), servers, protocol, roles, record.seed)
-    whole = _value(record.scores, "psnr")
-    part = next((one for one in record.suite if one.attack == ATTACK), None)
-    theirs = _value(part.scores, "psnr") if part is not None else None
-    if record.attack.name == ATTACK:
-        theirs = whole
-    words = f"our own {ATTACK} attack on its messages reaches {ours:.2f} dB"
+    ours = _own_psnr(trained, cast("Defense", remote), servers, attack)
+    whole, theirs = _value(record.scores, "psnr"), _of_the_attack(record, attack)
+    words = f"our own {attack} attack on its messages reaches {ours:.2f} dB"
     far = TOLERANCE["psnr"]
     if theirs is not None:
         good = abs(ours - theirs) <= far
@@ -252,47 +260,42 @@ def _attack(record: Record, remote: Remote, protocol: Protocol, roles: Roles) ->
     )
 
 
-def _own_psnr(
-    defense: Defense, servers: tuple[int, ...], protocol: Protocol, roles: Roles, seed: int
-) -> float:
-    """Mean PSNR of the linear attack, trained and made in this process."""
+def _of_the_attack(record: Record, attack: str) -> float | None:
+    """The PSNR of an attack in a record: its own, or a part of its suite's."""
+    if record.attack.name == attack:
+        return _value(record.scores, "psnr")
+    part = next((one for one in record.suite if one.attack == attack), None)
+    return None if part is None else _value(part.scores, "psnr")
+
+
+def _own_psnr(trained: Trained, defense: Defense, servers: tuple[int, ...], attack: str) -> float:
+    """Mean PSNR of an attack that is trained and made in this process."""
+    protocol, roles, seed = trained.protocol, trained.roles, trained.record.seed
     rule = protocol.adversary
     adversary = Adversary(rule.knowledge, servers or (0,), rule.transmissions)
-    method = attacks.load(ATTACK)
-    params = build(method.Params, protocol.attacks.get(ATTACK, {}), f"attack {ATTACK}")
-    shape = roles.train.image_shape
-    shop = Workshop(shape, seed, torch.device("cpu"), _Nowhere(), protocol.threads)
-    with seeding.stream(seed, "outside"), torch.no_grad():
+    method = attacks.load(attack)
+    params = build(method.Params, protocol.attacks.get(attack, {}), f"attack {attack}")
+    # What is learned from foreign messages goes nowhere else.
+    with tempfile.TemporaryDirectory() as kept, seeding.stream(seed, "outside"):
+        store = ArtifactStore(Path(kept))
+        shop = Workshop(roles.train.image_shape, seed, torch.device("cpu"), store, protocol.threads)
         attacker = method(params, shop)
         target = Target(defense, adversary, f"outside-{secrets.token_hex(8)}")
         attacker.prepare(target, roles.auxiliary, roles.validation)
         parts = []
         for images in roles.attacked.chunks(protocol.batch):
-            sent = mended(adversary.observes(lambda _, x=images: defense.protect(x)))  # type: ignore[misc]
+            with torch.no_grad():
+                sent = mended(adversary.observes(lambda _, x=images: defense.protect(x)))  # type: ignore[misc]
             parts.append(attacker.reconstruct(sent))
     originals = roles.attacked.images()
     values = metrics.load("psnr")()(rounded(torch.cat(parts).float()), originals)
     return float(values.mean())
 
 
-class _Nowhere(ArtifactStore):
-    """A cache that keeps nothing: what is learned from foreign messages goes nowhere else."""
-
-    def __init__(self) -> None:
-        super().__init__(Path("/nonexistent"))
-
-    def fetch(self, kind: str, spec: Any, make: Any) -> Any:
-        from mibench.artifacts import Artifact, Checkpoint
-
-        tensors, facts = make(Checkpoint(Path("/nonexistent")))
-        return Artifact(kind, self.key(kind, spec), dict(tensors), dict(facts), reused=False)
-
-
-def _undefended(
-    record: Record, protocol: Protocol, roles: Roles, store: ArtifactStore
-) -> Iterator[CheckLine]:
+def _undefended(trained: Trained, store: ArtifactStore) -> Iterator[CheckLine]:
     """The reference of accuracy and leakage, trained where no foreign code was."""
-    job = Job(protocol, UNDEFENDED, ATTACK, {}, {}, record.seed)
+    record, protocol, roles = trained.record, trained.protocol, trained.roles
+    job = Job(protocol, UNDEFENDED, QUICK, {}, {}, record.seed)
     reference = fit(job, roles, store, "cpu")
     told = roles.task.correct(
         answers(reference.defense, roles.private, protocol.batch), roles.private.labels
@@ -305,16 +308,15 @@ def _undefended(
         f"{found:.4f} of a model trained here; the record says "
         f"{said if said is None else format(said, '.4f')}",
     )
-    part = next((one for one in record.suite if one.attack == ATTACK), None)
-    if part is None and record.attack.name != ATTACK:
+    if _of_the_attack(record, QUICK) is None:
         return
-    ours = _own_psnr(reference.defense, (0,), protocol, roles, record.seed)
+    ours = _own_psnr(trained, reference.defense, (0,), QUICK)
     theirs = _value(record.undefended, "psnr")
     # The worst of several attacks reaches at least what one of them does.
     good = theirs is not None and ours <= theirs + TOLERANCE["psnr"]
     yield _line(
         "undefended-attack",
         good,
-        f"{ATTACK} reaches {ours:.2f} dB on a model trained here; the record's undefended split "
+        f"{QUICK} reaches {ours:.2f} dB on a model trained here; the record's undefended split "
         f"{theirs if theirs is None else format(theirs, '.2f')} dB",
     )

@@ -27,7 +27,7 @@ from mibench.outputs import PER_IMAGE
 from mibench.record import Component, Record, read_record
 from mibench.reproduce import protocol_of, values_beside
 from mibench.submission import sandbox
-from mibench.submission.outside import Way, looked_at
+from mibench.submission.outside import Trained, Way, looked_at, thoroughly_attacked
 from mibench.submission.schema import Submission
 from mibench.submission.score import WEIGHTS, place, refuse_missing_images, run_confined
 from mibench.submission.static import content_of, load
@@ -272,29 +272,10 @@ def _rescored(case: _Case) -> Entry:
     arithmetic = check_lines(check_run(run, data_root, store.root))
     lines = [scores_again(run, record, store, data_root)]
     say("rescored: the weights, and an attack of our own from outside")
-    protocol = protocol_of(record)
-    torch.set_num_threads(protocol.threads)
-    roles = load_roles(protocol.data, data_root, store.root)
-    try:
-        artifact, spec = open_artifact(run / WEIGHTS)
-    except MibenchError as error:
-        raise SubmissionError([f"rescored: {run / WEIGHTS}: {error}"]) from error
-    digest = hash_tensors(artifact.tensors)
-    said = record.defense_facts.get("trained_weights")
-    same = digest == said and spec.get("train") == roles.train.identity
-    lines.append(
-        CheckLine(
-            check="weights",
-            verdict="passed" if same else "failed",
-            found=f"they are {digest}, trained on {spec.get('train')}; the record says {said}, and "
-            f"the protocol's train role is {roles.train.identity}",
-        )
-    )
-    if same:
-        way = _way(case.folder, case.submission)
-        if case.submission.kind == "attack":
-            way = Way(record.defense.name, record.defense.params)
-        lines += looked_at(record, protocol, roles, way, artifact.tensors, store)
+    weights, trained = _trained(case, Level.RESCORED)
+    lines.append(weights)
+    if weights.verdict == "passed":
+        lines += looked_at(trained, store)
     wrong = [one for one in arithmetic if one.verdict == "failed"]
     lines += wrong or [
         CheckLine(check="record", verdict="passed", found="every check of the run holds")
@@ -302,6 +283,31 @@ def _rescored(case: _Case) -> Entry:
     away = [one for one in lines if one.check == "rescored-scores" and one.verdict == "skipped"]
     _refuse("rescored", _failures(lines) + [f"{one.check}: {one.found}" for one in away])
     return entries.verified(case.root, record.id, verification(Level.RESCORED, lines))
+
+
+def _trained(case: _Case, level: Level) -> tuple[CheckLine, Trained]:
+    """The trained defense that lies beside a run, and whether it is the record's."""
+    record, run = case.record, case.run
+    protocol = protocol_of(record)
+    torch.set_num_threads(protocol.threads)
+    roles = load_roles(protocol.data, case.data_root, case.store.root)
+    try:
+        artifact, spec = open_artifact(run / WEIGHTS)
+    except MibenchError as error:
+        raise SubmissionError([f"{level}: {run / WEIGHTS}: {error}"]) from error
+    digest = hash_tensors(artifact.tensors)
+    said = record.defense_facts.get("trained_weights")
+    same = digest == said and spec.get("train") == roles.train.identity
+    line = CheckLine(
+        check="weights",
+        verdict="passed" if same else "failed",
+        found=f"they are {digest}, trained on {spec.get('train')}; the record says {said}, and "
+        f"the protocol's train role is {roles.train.identity}",
+    )
+    way = _way(case.folder, case.submission)
+    if case.submission.kind == "attack":
+        way = Way(record.defense.name, record.defense.params)
+    return line, Trained(record, protocol, roles, way, artifact.tensors)
 
 
 def _reproduced(case: _Case, seed: int | None, out: Path | None, seconds: float | None) -> Entry:
@@ -315,6 +321,11 @@ def _reproduced(case: _Case, seed: int | None, out: Path | None, seconds: float 
     if (target / "record.json").exists():
         raise SubmissionError([f"{target} holds a record already; choose another --out"])
     ensure_writable(target)
+    say("reproduced: a decoder of our own, trained on its messages from outside")
+    weights, trained = _trained(case, Level.REPRODUCED)
+    _refuse("reproduced", _failures([weights]))
+    attacked = thoroughly_attacked(trained)
+    _refuse("reproduced", _failures(attacked))
     say(f"reproduced: the whole run again with seed {fresh}, in the sandbox: {target}")
     words = ["reproduce", str(whole), "--seed", str(fresh), "--out", str(target.resolve())]
     done = run_confined(
@@ -358,7 +369,7 @@ def _reproduced(case: _Case, seed: int | None, out: Path | None, seconds: float 
     )
     told = verification(
         Level.REPRODUCED,
-        [rerun, walls],
+        [weights, *attacked, rerun, walls],
         verdict=verdict.word,
         seed=fresh,
         differences=[str(one) for one in verdict.differences if one.place in CIRCUMSTANCES],

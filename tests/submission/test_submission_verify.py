@@ -126,6 +126,8 @@ def test_the_third_level_runs_it_again_in_the_sandbox(honest, lifted, tmp_path):
     last = entry.verifications[-1]
     assert (last.verdict, last.seed) == ("same", 7)
     assert "the network" in lines_of(last)["isolation"].found
+    assert lines_of(last)["weights"].verdict == "passed"
+    assert lines_of(last)["outside-attack"].found.startswith("our own decoder attack on its")
     assert [one for one in said if "already" in one] == [
         "claimed: reached already, nothing to do", "rescored: reached already, nothing to do"
     ]  # fmt: skip
@@ -182,6 +184,17 @@ def test_hidden_leakage_is_found_from_outside(copy, tmp_path, unchecked):
     lines = refused(copy, tmp_path / "v1", "rescored")
     assert len(lines) == 1, lines
     assert lines[0].startswith("rescored: outside-attack: our own linear attack on its messages")
+
+
+def test_a_spoilt_decoder_is_found_before_anything_is_run_again(tiny, tmp_path, unchecked):
+    """The quick attack from outside cannot tell, for a decoder may honestly be the weaker one."""
+    one = scored(tmp_path, attack="decoder")
+    hide(one.run)
+    entry = take(one, tmp_path / "v1", "rescored")
+    assert lines_of(entry.verifications[-1])["outside-attack"].verdict == "warned"
+    (line,) = refused(one, tmp_path / "v1", "reproduced")
+    assert line.startswith("reproduced: outside-attack: our own decoder attack on its messages")
+    assert list(one.run.parent.glob("*/record.json")) == [one.run / "record.json"]
 
 
 def test_other_pictures_are_found_by_scoring_them(copy, tmp_path, unchecked):
