@@ -42,9 +42,13 @@ GLANCE = 0.05
 KEPT_OUTPUT = 2000
 """Characters of a component's output that a finding quotes."""
 FACTS = ("/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/proc/sys/vm", "/sys/devices")
-SYSTEM = ("/usr", "/lib", "/lib64", "/etc", "/dev/urandom", *FACTS)
-"""What a child may read of the system: libraries, time zones, facts of the machine. Of other
-processes nothing, whose environment may hold secrets."""
+SETTINGS = tuple(
+    f"/etc/{name}"
+    for name in ("alternatives", "group", "ld.so.cache", "localtime", "nsswitch.conf", "passwd")
+)
+SYSTEM = ("/usr", "/lib", "/lib64", "/dev/urandom", *FACTS, *SETTINGS)
+"""What a child may read of the system: libraries, names of users, the time zone, facts of the
+machine. Not other settings, and nothing of other processes, whose environment may hold secrets."""
 
 ADVICE = {
     "limit-time": "end every call within seconds; a check trains for tens of steps only",

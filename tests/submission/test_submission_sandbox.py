@@ -4,6 +4,7 @@ import os
 import socket
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import evil
 import pytest
@@ -85,6 +86,14 @@ def test_files_outside_are_neither_deleted_nor_read(attempt, tmp_path, body):
     done, _ = attempt(body, outside=str(outside))
     assert outside.read_text() == "a secret"
     assert not any("a secret" in line for line in [*done.printed, *said(done)])
+
+
+@pytest.mark.skipif(not Path("/etc/hosts").is_file(), reason="no /etc/hosts")
+def test_settings_of_the_machine_are_not_read(attempt):
+    done, _ = attempt(evil.READS, outside="/etc/hosts")
+    held = Path("/etc/hosts").read_text().split()
+    assert not any(held[0] in line for line in [*done.printed, *said(done)])
+    assert any("PermissionError" in line for line in done.printed)
 
 
 def test_what_opens_a_socket_is_named(attempt):
