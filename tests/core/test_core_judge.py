@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_core_evaluate import protocol as plain
 
-from mibench import exhibit
+from mibench import exhibit, judge
 from mibench.artifacts import ArtifactStore
 from mibench.controls import best_guess, blind_guesses
 from mibench.data.roles import load_roles
@@ -158,6 +158,23 @@ def test_attributes_are_learned_and_counted(roles, tmp_path):
     values = score(("recognition",), originals, found.attacked, 0).per_image["recognition"]
     assert set(values.tolist()) <= {0.0, 0.5, 1.0}
     assert found.judge.accuracy == pytest.approx(values.mean().item())
+
+
+@pytest.mark.parametrize("side", [32, 64, 224])
+def test_long_blurs_are_not_made_in_mixed_precision(side, monkeypatch):
+    """There are processors on which they never end; short ones stay as they were measured."""
+    seen, convolve = set(), torch.nn.functional.conv2d
+
+    def watched(images, kernel, groups):
+        seen.add((kernel.numel() // 3, torch.is_autocast_enabled("cpu")))
+        return convolve(images, kernel, groups=groups)
+
+    monkeypatch.setattr(judge.F, "conv2d", watched)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for seed in range(16):
+            degrade(torch.rand(2, 3, side, side), 1.0, torch.Generator().manual_seed(seed))
+    assert (max(taps for taps, _ in seen) > judge.MIXED_TAPS) == (side > 32)
+    assert all(mixed == (taps <= judge.MIXED_TAPS) for taps, mixed in seen)
 
 
 def test_degraded_images_are_blurred_noisy_and_in_range():
