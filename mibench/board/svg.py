@@ -165,14 +165,14 @@ def tradeoff(section: Section, metric: str, named: str) -> Plot | None:
         named: what the metric is called on the axis.
 
     Returns:
-        None where no row has a value.
+        None where fewer than two rows have a value: one alone trades nothing.
     """
     shown = [
         row
         for row in section.rows
         if _leakage(row, metric).value is not None and not math.isnan(row.accuracy)
     ]
-    if not shown:
+    if len(shown) < 2:
         return None
     curve = [
         (accuracy, score)
