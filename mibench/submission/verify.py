@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from mibench.artifacts import ArtifactStore, open_artifact
 from mibench.board import entries, layout
@@ -289,7 +288,6 @@ def _trained(case: _Case, level: Level) -> tuple[CheckLine, Trained]:
     """The trained defense that lies beside a run, and whether it is the record's."""
     record, run = case.record, case.run
     protocol = protocol_of(record)
-    torch.set_num_threads(protocol.threads)
     roles = load_roles(protocol.data, case.data_root, case.store.root)
     try:
         artifact, spec = open_artifact(run / WEIGHTS)
