@@ -172,6 +172,14 @@ def _captions(result: Result) -> list[str]:
 
 
 def _parquet(table: pd.DataFrame) -> bytes:
+    """The table without indexes for searching and a second schema: half of a small file, unused."""
     buffer = io.BytesIO()
-    table.to_parquet(buffer, index=False)
+    table.to_parquet(
+        buffer,
+        index=False,
+        compression="zstd",
+        use_dictionary=False,
+        write_statistics=False,
+        store_schema=False,
+    )
     return buffer.getvalue()
