@@ -260,9 +260,9 @@ class Protocol(Parameters):
         references: by attack, the PSNR in dB that it must reach on the undefended split: what was
             measured when the protocol was made, less 1 dB for other machines. An attack that stays
             below is not calibrated. A changed protocol has none.
-        minutes: minutes that parts took on a CPU, for the estimate before a run: ``defense`` and
-            each attack by name, per target; ``<attack> once`` for what all its targets share, and
-            ``judge`` for what all runs do.
+        minutes: minutes that parts took on a CPU, for the estimate before a run: ``defense``,
+            ``information`` (what the shares tell) and each attack by name, per target; ``<attack>
+            once`` for what all its targets share, and ``judge`` for what all runs do.
     """
 
     id: str

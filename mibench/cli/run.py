@@ -221,7 +221,7 @@ def estimate_minutes(
     if not {"defense", *names} <= set(times):
         return None
     attacking = sum(times[name] for name in names)
-    per_target = times["defense"] + attacking
+    per_target = times["defense"] + attacking + times.get("information", 0.0)
     # What several attacks of a suite learn once, such as a prior, they share.
     once = max(times.get(f"{name} once", 0.0) for name in names)
     once += (coalitions - 1) * attacking

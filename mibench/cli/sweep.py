@@ -41,10 +41,9 @@ def sweep(
     cells = load_grid(grid).cells()
     from mibench.cli.devices import choose_device
     from mibench.errors import InvalidParamsError
-    from mibench.files import ensure_writable
     from mibench.sweep.grid import problems
     from mibench.sweep.local import LocalExecutor
-    from mibench.sweep.runner import State, Sweep, planned
+    from mibench.sweep.runner import State, Sweep, alone_in, planned
 
     device = choose_device(device)
     if found := problems(cells, device):
@@ -53,12 +52,11 @@ def sweep(
     if dry_run:
         console.print(_table(runs, workers))
         return
-    ensure_writable(out)
     common = ["--device", device]
     common += ["--data-root", str(data_root)] if data_root else []
     common += ["--part"] if part else []
-    carried = Sweep(runs, LocalExecutor(workers), common)
-    _show(console, carried, workers)
+    with alone_in(out):
+        _show(console, Sweep(runs, LocalExecutor(workers), common), workers)
     failed = [run for run in runs if run.state is State.FAILED]
     for run in failed:
         console.print(f"failed: {run.cell.key}: {run.reason} ({run.log})", soft_wrap=True)

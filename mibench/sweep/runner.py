@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from mibench.errors import RecordError
+from filelock import FileLock, Timeout
+
+from mibench.errors import RecordError, StorageError
+from mibench.files import ensure_writable, storage_error
 from mibench.record import read_record
 from mibench.sweep.grid import Cell
 from mibench.sweep.local import Executor
 
 LOGS = "logs"
 """Folder of what the runs print, beside their results."""
+LOCK = ".sweep.lock"
 POLL = 0.5
 """Seconds between two looks at what runs."""
 
@@ -137,6 +142,32 @@ def planned(cells: Sequence[Cell], out: Path) -> list[Run]:
         )
         for cell in cells
     ]
+
+
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Keeps other sweeps out of a folder: they would make the same runs and overwrite their logs.
+
+    The system frees the folder when the process dies.
+
+    Raises:
+        StorageError: another sweep writes into the folder, or it cannot be written.
+    """
+    ensure_writable(out)
+    lock = FileLock(out / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise StorageError(
+            f"another sweep writes into {out}: give this one another --out, or that one more "
+            "--workers"
+        ) from error
+    except OSError as error:
+        raise storage_error("lock", out, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def is_finished(folder: Path) -> bool:

@@ -148,7 +148,7 @@ def test_every_coalition_multiplies_the_estimate():
     protocol = load_protocol("cifar10-lite-v1")
     once = estimate_minutes(protocol, "privdfs", "decoder")
     assert estimate_minutes(protocol, "privdfs", "decoder", 4) == once + 3 * 2
-    assert estimate_minutes(protocol, "none", "decoder", 1) == 5 + 2 + 4
+    assert estimate_minutes(protocol, "none", "decoder", 1) == 5 + 2 + 2 + 4
 
 
 def test_the_plan_names_the_coalitions(invoke):

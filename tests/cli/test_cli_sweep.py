@@ -11,6 +11,7 @@ import yaml
 from cli_words import TINY
 
 from mibench.record import read_record
+from mibench.sweep.runner import Sweep, alone_in
 
 
 def write_grid(folder, **changes):
@@ -37,6 +38,19 @@ def test_wrong_names_are_refused_before_anything_runs(refused, tmp_path):
 
 def test_a_missing_grid_is_one_line(refused):
     assert "nowhere.yaml" in refused("sweep", "nowhere.yaml")
+
+
+def test_a_second_sweep_in_the_same_folder_is_refused(refused, invoke, tmp_path, monkeypatch):
+    grid = write_grid(tmp_path)
+    with alone_in(tmp_path / "out"):
+        said = refused("sweep", grid, "--out", "out", "--device", "cpu")
+    assert "another sweep writes into out" in said
+    assert "--workers" in said
+    assert not (tmp_path / "out" / "logs").exists()
+    # With the first one gone it begins; what it would run is cut short.
+    monkeypatch.setattr(Sweep, "carry_out", lambda self, show: None)
+    again = invoke("sweep", grid, "--out", "out", "--device", "cpu")
+    assert again.exit_code == 0, again.output
 
 
 @pytest.mark.slow
