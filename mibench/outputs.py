@@ -31,6 +31,8 @@ OF_CONTROLS = (PERMUTED, UNDEFENDED, GUESSES, PRIOR_SAMPLE)
 """Folders of images that a run leaves beside its reconstructions, where it has them."""
 SAME_FOR_ALL = ("mean-image", "typical-image")
 """Guesses that are one image, whatever is attacked; stored once."""
+WEIGHTS = "weights"
+"""Folder of the trained defense, as the cache keeps it, in the runs of submissions."""
 
 STALE = 60.0
 """Seconds after which an unfinished file has no writer any more."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -33,13 +34,15 @@ def rescore(
     from mibench.cli.display import shown
     from mibench.cli.table import print_record
     from mibench.files import ensure_writable
-    from mibench.outputs import write_result
+    from mibench.outputs import WEIGHTS, write_result
     from mibench.rescore import rescore as anew
 
     console = make_console()
     with shown(console):
         found = anew(run, ArtifactStore(), data_root)
     ensure_writable(target)
+    if (run / WEIGHTS).is_dir():  # verifying the new record needs the same trained defense
+        shutil.copytree(run / WEIGHTS, target / WEIGHTS, dirs_exist_ok=True)
     record = write_result(found.result, target)
     print_record(console, record)
     for name, change in found.computed.items():

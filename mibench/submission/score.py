@@ -15,6 +15,7 @@ from mibench.deployment import hash_tensors
 from mibench.errors import MibenchError, SubmissionError
 from mibench.files import canonical_json, content_id, ensure_writable, plain_name
 from mibench.job import SUITE
+from mibench.outputs import WEIGHTS
 from mibench.protocol import load_protocol
 from mibench.record import Record, read_record
 from mibench.submission import sandbox
@@ -22,9 +23,6 @@ from mibench.submission.schema import Submission
 from mibench.submission.static import load
 
 RUNS = Path("runs/submissions")
-WEIGHTS = "weights"
-"""Folder of a run with the trained defense, as the cache keeps it; accuracy follows from it."""
-
 
 Chosen: TypeAlias = tuple[str, Mapping[str, JsonValue]]
 """Name or place of a component, and its parameters."""

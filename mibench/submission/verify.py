@@ -22,13 +22,13 @@ from mibench.data.roles import load_roles
 from mibench.deployment import hash_tensors
 from mibench.errors import MibenchError, SubmissionError
 from mibench.files import canonical_json, ensure_writable
-from mibench.outputs import PER_IMAGE
+from mibench.outputs import PER_IMAGE, WEIGHTS
 from mibench.record import Component, Record, read_record
 from mibench.reproduce import protocol_of, values_beside
 from mibench.submission import sandbox
 from mibench.submission.outside import Trained, Way, looked_at, thoroughly_attacked
 from mibench.submission.schema import Submission
-from mibench.submission.score import WEIGHTS, place, refuse_missing_images, run_confined
+from mibench.submission.score import place, refuse_missing_images, run_confined
 from mibench.submission.static import content_of, load
 from mibench.verdict import CIRCUMSTANCES, compare
 

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from mibench.cli import app
 from mibench.cli.run import estimate_minutes
+from mibench.outputs import WEIGHTS
 from mibench.params import build
 from mibench.protocol import Protocol, load_protocol
 from mibench.record import read_record
@@ -134,6 +135,15 @@ def test_a_run_is_scored_anew(invoke, run, tmp_path):
     new, old = read_record(tmp_path / "run-rescored"), read_record(run)
     assert new.supersedes == old.id
     assert new.scores == old.scores
+
+
+def test_a_run_that_is_scored_anew_keeps_its_trained_defense(invoke, run, tmp_path):
+    (run / WEIGHTS).mkdir()
+    (run / WEIGHTS / "tensors.safetensors").write_bytes(b"as they were")
+    result = invoke("rescore", run)
+    assert result.exit_code == 0, result.output
+    kept = tmp_path / "run-rescored" / WEIGHTS / "tensors.safetensors"
+    assert kept.read_bytes() == b"as they were"
 
 
 def test_missing_reconstructions_are_one_line(refused, run):
