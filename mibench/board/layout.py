@@ -24,7 +24,7 @@ BEGIN, END = "<!-- board:begin -->", "<!-- board:end -->"
 LARGEST_FILE = 2 * 2**20
 """Bytes of the largest file of an entry."""
 LARGEST_GALLERY = 256 * 2**10
-LARGEST_BOARD = 8 * 2**20
+LARGEST_BOARD = 10 * 2**20
 """Bytes of all versions and advisories together, pages included: they lie in git for ever."""
 ID = re.compile(r"[0-9a-f]{16}")
 """What an id of a record looks like."""
