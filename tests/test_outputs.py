@@ -102,6 +102,19 @@ def test_the_table_has_one_row_per_image(tmp_path):
     assert table["correct"].all()
 
 
+def test_many_columns_take_little_more_room_than_their_values(tmp_path):
+    result, columns = make_result(128, size=4), 80
+    draws = torch.rand(columns, 128, dtype=torch.float64)
+    values = {f"attack-{at}_psnr": draws[at] for at in range(columns)}
+    outputs.write_result(dataclasses.replace(result, per_image=values), tmp_path)
+    path = tmp_path / "per_image.parquet"
+    hashes = 128 * 64
+    assert path.stat().st_size < 1.2 * (8 * draws.numel() + hashes)
+    table = pd.read_parquet(path)
+    assert list(table.columns[-columns:]) == list(values)
+    assert (torch.tensor(table["attack-7_psnr"].to_numpy()) == draws[7]).all()
+
+
 def test_attributes_are_listed_by_name(tmp_path):
     result = make_result(3)
     labels = torch.tensor([[1, 0], [1, 1], [0, 0]], dtype=torch.uint8)
