@@ -15,6 +15,13 @@ from mibench.registry import defenses
 LONGEST_SLUG = 60
 OTHER_SEED = re.compile(r"seed \d+ is none of the protocol's")
 """How the deviation of a run of another seed than the protocol's begins."""
+OTHER_ATTACK = re.compile(r"attack .+ is none of the protocol's|attack\.\S+ set by hand")
+"""How the deviations of a run with somebody's own attack begin."""
+
+
+def is_own_attack(record: Record) -> bool:
+    """Whether somebody's own attack was made on a defense that comes with mibench."""
+    return record.attack.location is not None and record.defense.location is None
 
 
 def label_of(held: Held) -> str:
@@ -28,8 +35,9 @@ def label_of(held: Held) -> str:
         or canonical_json(value) != canonical_json(defaults[key])
     }
     told = ", ".join(f"{key}={word(value)}" for key, value in sorted(changed.items()))
-    name = origin.submission if origin.submission is not None else defense.name
-    if origin.submission is None and defense.location is not None:
+    submitted = None if is_own_attack(record) else origin.submission
+    name = submitted or defense.name
+    if submitted is None and defense.location is not None:
         name += f" from {defense.location}"  # or a file could pass for a built-in
     label = f"{name} ({told})" if told else name
     if record.adversary is not None and record.adversary.coalitions:

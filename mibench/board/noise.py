@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from mibench.board import gain as over_noise
 from mibench.board.columns import DIGITS, column, leakage_fields, rounded, score_of
 from mibench.board.entries import Held
 from mibench.board.model import Entry, Level
-from mibench.board.names import OTHER_SEED, defaults_of, word
+from mibench.board.names import defaults_of, word
 from mibench.evaluate import OVER_BUDGET
 from mibench.files import canonical_json
 from mibench.job import SUITE, UNDEFENDED
@@ -32,9 +32,9 @@ class Noise:
     """
 
     def __init__(self, held: Sequence[Held]) -> None:
-        self._held = [
+        self._held = _by_start(
             one for one in held if _may_bend(one.listed.entry) and not _off_curve(one.record)
-        ]
+        )
         self._noise = [one for one in self._held if _is_noise(one.record)]
         strengths: dict[str, set[object]] = {}
         for one in self._noise:
@@ -114,7 +114,7 @@ class Noise:
         """Runs of a row that met the curve's attack, alone or in a suite, by seed."""
         return {
             one.record.seed: one
-            for one in reversed(runs)
+            for one in reversed(_by_start(runs))
             if self.attack in _attacks(one) and not _off_curve(one.record)
         }
 
@@ -228,10 +228,14 @@ def _may_bend(entry: Entry) -> bool:
 def _off_curve(record: Record) -> bool:
     """Whether a run was not made as the protocol says, so that nothing is compared with it.
 
-    A client that costs too much is still attacked like all others, and so is another seed.
+    A client that costs too much is still attacked like all others.
     """
-    told = [one for one in record.deviations if not one.startswith(OVER_BUDGET)]
-    return not all(map(OTHER_SEED.match, told))
+    return not all(one.startswith(OVER_BUDGET) for one in record.deviations)
+
+
+def _by_start(held: Iterable[Held]) -> list[Held]:
+    """The first that was made first: of two runs of one attack and seed that one counts."""
+    return sorted(held, key=lambda one: (one.record.started, one.listed.id))
 
 
 def _is_undefended(record: Record) -> bool:

@@ -179,15 +179,17 @@ def _section(section: Section, known: dict[str, Row]) -> dict[str, Any]:
 
 
 def _sizes() -> list[tuple[float, str]]:
-    return [(round(svg.UNIT * n**0.5, 1), f"{n}×") for n in svg.SIZES]
+    more = {svg.SIZES[-1]: " or more"}
+    return [(round(svg.UNIT * n**0.5, 1), f"{n}×{more.get(n, '')}") for n in svg.SIZES]
 
 
 def _floor(section: Section, key: str) -> view.Cell | None:
     """The blind guess in the columns of scores; None in the others."""
-    metric = {"reid": "reid-top1"}.get(key, key)
-    if key.startswith("leak-"):
-        return view.Cell("0")
+    share = key.removeprefix("leak-")
+    metric = {"reid": "reid-top1"}.get(share, share)
     score = section.floor.get(metric)
+    if share != key and score is not None:
+        return view.Cell("0")
     return None if score is None else view.score_cell(score)
 
 

@@ -21,7 +21,7 @@ from mibench.board.model import (
     Row,
     Section,
 )
-from mibench.board.names import OTHER_SEED, label_of, slug_of
+from mibench.board.names import OTHER_ATTACK, OTHER_SEED, is_own_attack, label_of, slug_of
 from mibench.board.noise import Noise
 from mibench.board.rules import Interval
 from mibench.files import Json, content_id
@@ -30,6 +30,8 @@ from mibench.record import Record, Score
 
 ON_FRONT_WITHOUT = {Condition.TRACK, Condition.ACCURACY, Condition.SUITE}
 """Conditions that a row on the Pareto front may lack."""
+FEWEST_ON_FRONT = 3
+"""Rows that compete for the front, at least: of one or two the mark says nothing."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,12 @@ def _backbone(record: Record) -> str:
 
 def _group(held: Held, *, superseded: bool) -> str:
     """What runs of one row have in common, as a short name; they may differ in attack and seed."""
-    departures = [one for one in held.record.deviations if not OTHER_SEED.match(one)]
+    own = is_own_attack(held.record)
+    departures = [
+        one
+        for one in held.record.deviations
+        if not OTHER_SEED.match(one) and not (own and OTHER_ATTACK.match(one))
+    ]
     return content_id({**_made(held), "deviations": departures, "superseded": superseded})
 
 
@@ -136,7 +143,7 @@ def _made(held: Held) -> dict[str, Json]:
         # The version of a built-in says that it gives the same; of others, the code alone does.
         "code": defense.code if defense.location is not None else None,
         "backbone": [record.backbone.name, record.backbone.params],
-        "submission": origin.submission,
+        "submission": None if is_own_attack(record) else origin.submission,
         "manifest": record.manifest,
         "adversary": None
         if who is None
@@ -157,6 +164,8 @@ def _superseded(held: Mapping[str, Held]) -> dict[str, str]:
             continue
         same = _made(one) == _made(other) and one.record.seed == other.record.seed
         same = same and one.record.attack.name == other.record.attack.name
+        makers = [each.listed.entry.origin.submission for each in (one, other)]
+        same = same and makers[0] == makers[1]
         levels = list(Level)
         far = levels.index(one.listed.entry.level) >= levels.index(other.listed.entry.level)
         if same and far:
@@ -220,7 +229,7 @@ def _draft(
         level=level,
         advisories=advisories,
         superseded_by=by,
-        best_known=_best_known([*chosen, *others], leakage, contents.best_known),
+        best_known=_best_known([*chosen, *others], leakage, contents),
     )
     interval = None if isinstance(key, str) else key
     return _Draft(row, tuple(chosen), (*chosen, *others), frozenset(lacks), interval)
@@ -229,18 +238,23 @@ def _draft(
 def _headline(runs: Sequence[Held]) -> list[Held]:
     """One run a seed: of the suite, else of the attack that leaks most.
 
-    Only the protocol's own seeds count, where there is any, so that nobody adds those that came out
-    well. Of several runs of one attack and seed the first that was made counts, for the same
-    reason.
+    Only the protocol's own attacks and seeds count, where there is any, so that nobody adds those
+    that came out well. Of several runs of one attack and seed the first that was made counts, for
+    the same reason.
     """
-    meant = [one for one in runs if not any(map(OTHER_SEED.match, one.record.deviations))]
+    ours = [one for one in runs if not is_own_attack(one.record)] or runs
+    meant = [one for one in ours if not _of_another_seed(one)]
     by_attack: dict[str, dict[int, Held]] = {}
-    for one in sorted(meant or runs, key=lambda one: (one.record.started, one.listed.id)):
+    for one in sorted(meant or ours, key=lambda one: (one.record.started, one.listed.id)):
         by_attack.setdefault(one.record.attack.name, {}).setdefault(one.record.seed, one)
     name = SUITE
     if SUITE not in by_attack:
         name = max(sorted(by_attack), key=lambda one: _harm(list(by_attack[one].values())))
     return [one for _, one in sorted(by_attack[name].items())]
+
+
+def _of_another_seed(held: Held) -> bool:
+    return any(map(OTHER_SEED.match, held.record.deviations))
 
 
 def _harm(runs: Sequence[Held]) -> float:
@@ -257,20 +271,41 @@ def _harm(runs: Sequence[Held]) -> float:
 
 
 def _best_known(
-    runs: Sequence[Held], leakage: Mapping[str, Score], known: Iterable[BestKnown]
+    runs: Sequence[Held], leakage: Mapping[str, Score], contents: Contents
 ) -> dict[str, BestKnown] | None:
-    """By metric, the submitted attack that leaks most, where it leaks more than the headline."""
+    """By metric, the submitted attack that leaks most, where it leaks more than the headline.
+
+    It is the answer to a challenge, or a run of somebody's own attack that was scored again here.
+    """
     ids = {one.listed.id for one in runs}
     found: dict[str, BestKnown] = {}
     most = {name: one.value for name, one in leakage.items() if one.value is not None}
-    for one in known:
-        if one.record not in ids:
-            continue
+    answers = [one for one in contents.best_known if one.record in ids]
+    for one in [*answers, *_own_attacks(runs, contents)]:
         for score in one.leakage:
             name = score.metric.removeprefix("leakage(").removesuffix(")")
             if score.value is not None and score.value > most.get(name, -np.inf):
                 most[name], found[name] = score.value, one
     return found or None
+
+
+def _own_attacks(runs: Sequence[Held], contents: Contents) -> Iterable[BestKnown]:
+    """What somebody's own attacks reach among the runs of a row."""
+    for one in runs:
+        record, entry = one.record, one.listed.entry
+        wrong = any(concerns(advisory, [one]) for advisory in contents.advisories)
+        if not is_own_attack(record) or _of_another_seed(one) or wrong:
+            continue
+        if entry.level is not Level.CLAIMED:
+            yield BestKnown(
+                record=one.listed.id,
+                by=entry.origin.submission or record.attack.name,
+                origin=entry.origin,
+                level=entry.level,
+                scores=record.scores,
+                permuted=record.permuted,
+                leakage=record.leakage,
+            )
 
 
 def _with_places(drafts: Sequence[_Draft]) -> list[_Draft]:
@@ -300,9 +335,9 @@ def _with_front(drafts: Sequence[_Draft], noise: Noise) -> list[_Draft]:
             key, attack = max(known), noise.attack
         manifest = one.record.manifest or ""
         sets.setdefault((attack, manifest), {})[one.row.slug] = (one.row.accuracy, key)
-    if not sets:
+    chosen = sets[max(sets, key=lambda one: (one[0] == SUITE, len(sets[one]), one))] if sets else {}
+    if len(chosen) < FEWEST_ON_FRONT:
         return list(drafts)
-    chosen = sets[max(sets, key=lambda one: (one[0] == SUITE, len(sets[one]), one))]
     on = dict(zip(chosen, rules.front(list(chosen.values())), strict=True))
     return [
         replace(one, row=replace(one.row, pareto=on.get(one.row.slug, False))) for one in drafts

@@ -48,7 +48,7 @@ def places(rows: Sequence[Interval]) -> list[tuple[int, int]]:
     """The best and the worst place of each row that the intervals allow.
 
     The best is 1 + the number of rows that surely leak less; the worst is the number of all rows
-    less those that surely leak more. Rows whose ranges overlap are tied.
+    less those that surely leak more. Ranges can overlap where intervals do not.
     """
     found = []
     for row in rows:

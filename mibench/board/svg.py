@@ -18,6 +18,8 @@ LETTER = 6.0
 """Width of a letter of a label, about; labels are placed by it."""
 LINE = 12
 """Height of a label."""
+GAP = 4
+"""Room between a mark and its label; another mark stands at least as far off."""
 LONGEST = 26
 """Letters of a label; the tooltip has all of it."""
 UNIT = 5.0
@@ -36,6 +38,16 @@ class Tick:
 
     at: str
     text: str
+
+
+@dataclass(frozen=True)
+class Level:
+    """A line with a meaning: its y, what it says, and where that begins or ends."""
+
+    y: float
+    text: str
+    x: float
+    anchor: str
 
 
 @dataclass(frozen=True)
@@ -91,7 +103,7 @@ class Plot:
         up: name of the vertical axis.
         x_ticks: lines of the grid.
         y_ticks: lines of the grid.
-        levels: y of lines with a meaning, and their names.
+        levels: lines with a meaning.
         lines: curves, behind the marks.
         marks: the points, large ones first so that none hides another.
         legend: shape and name of each series.
@@ -102,7 +114,7 @@ class Plot:
     up: str
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
-    levels: tuple[Tick, ...] = ()
+    levels: tuple[Level, ...] = ()
     lines: tuple[Line, ...] = ()
     marks: tuple[Mark, ...] = ()
     legend: tuple[tuple[str, str], ...] = ()
@@ -194,10 +206,17 @@ def tradeoff(section: Section, metric: str, named: str) -> Plot | None:
         if row.pareto
     )
     # The front is of both leakages together. In one of them alone it need not be an edge.
-    if len(front) > 1 and all(y >= next_y for (_, y), (_, next_y) in itertools.pairwise(front)):
+    if len(front) > 1 and not _passed(shown, metric):
         steps = list(_steps(front))
         lines.append(Line(_points(steps), "front"))
         drawn.append(steps)
+    # Nobody is both accurate and blind to the image, so that the lower right is free.
+    levels = (
+        Level(up.at(0.0), "blind guess", WIDTH - RIGHT - 4, "end"),
+        Level(up.at(1.0), "no defense", LEFT + 4, "start"),
+    )
+    drawn += [[(LEFT, one.y), (WIDTH - RIGHT, one.y)] for one in levels]
+    written = [_text(one.x, one.y - 4, one.text, one.anchor) for one in levels]
     marks = [_row_mark(row, _leakage(row, metric), named, across, up) for row in shown]
     order = sorted(range(len(marks)), key=lambda at: _importance(shown[at], at))
     return Plot(
@@ -206,14 +225,22 @@ def tradeoff(section: Section, metric: str, named: str) -> Plot | None:
         up=f"leakage ({named})",
         x_ticks=across.ticks(factor=100),
         y_ticks=up.ticks(digits=1),
-        levels=(
-            Tick(coordinate(up.at(0.0)), "blind guess"),
-            Tick(coordinate(up.at(1.0)), "no defense"),
-        ),
+        levels=levels,
         lines=tuple(lines),
         marks=tuple(
-            sorted(_labelled([marks[at] for at in order], drawn), key=lambda mark: -mark.r)
+            sorted(_labelled([marks[at] for at in order], drawn, written), key=lambda mark: -mark.r)
         ),
+    )
+
+
+def _passed(shown: Sequence[Row], metric: str) -> bool:
+    """Whether a row leaks less than one of the front that is no more accurate than it."""
+    at = [(row.pareto, row.accuracy, _leakage(row, metric).value or 0.0) for row in shown]
+    return any(
+        accuracy >= front_accuracy and leak < front_leak
+        for on_front, front_accuracy, front_leak in at
+        if on_front
+        for _, accuracy, leak in at
     )
 
 
@@ -329,20 +356,30 @@ def _ends(scores: Iterable[Score]) -> list[float]:
 _Box = tuple[float, float, float, float]
 
 
-def _labelled(marks: Sequence[Mark], drawn: Iterable[Sequence[tuple[float, float]]]) -> list[Mark]:
-    """Gives each mark's label a place, in order; those that would cover another one get none.
+def _labelled(
+    marks: Sequence[Mark],
+    drawn: Iterable[Sequence[tuple[float, float]]],
+    written: Sequence[_Box] = (),
+) -> list[Mark]:
+    """Gives each mark's label a place, in order.
+
+    One that would cover another, or stand as near to another mark as to its own, gets none.
 
     Args:
         marks: whose labels.
         drawn: corners of lines that labels avoid where they can.
+        written: where other text stands already.
     """
     lines = [bit for corners in drawn for bit in _along(corners)]
-    taken: list[_Box] = [
-        (mark.x - mark.r, mark.y - mark.r, mark.x + mark.r, mark.y + mark.r) for mark in marks
-    ]
+    taken: list[_Box] = [_around(mark) for mark in marks]
+    taken += written
     placed = []
     for own, mark in enumerate(marks):
-        found = [(place, _box(mark, *place)) for place in _places(mark)]
+        found = [
+            (place, _text(x, y, mark.label, anchor))
+            for place in _places(mark)
+            for x, y, anchor in [place]
+        ]
         found.sort(key=lambda one: any(_overlap(one[1], bit) for bit in lines))
         for (x, y, anchor), box in found:
             inside = (
@@ -360,8 +397,13 @@ def _labelled(marks: Sequence[Mark], drawn: Iterable[Sequence[tuple[float, float
     return placed
 
 
-def _box(mark: Mark, x: float, y: float, anchor: str) -> _Box:
-    width = LETTER * len(mark.label)
+def _around(mark: Mark) -> _Box:
+    far = mark.r + GAP
+    return mark.x - far, mark.y - far, mark.x + far, mark.y + far
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> _Box:
+    width = LETTER * len(text)
     left = {"start": x, "middle": x - width / 2, "end": x - width}[anchor]
     return left, y - LINE + 3, left + width, y + 2
 
@@ -377,8 +419,8 @@ def _along(corners: Sequence[tuple[float, float]]) -> Iterable[_Box]:
 
 def _places(mark: Mark) -> Iterable[tuple[float, float, str]]:
     x, y, r = mark.x, mark.y, mark.r
-    yield x + r + 4, y + 4, "start"
-    yield x - r - 4, y + 4, "end"
+    yield x + r + GAP, y + 4, "start"
+    yield x - r - GAP, y + 4, "end"
     yield x, y - r - 5, "middle"
     yield x, y + r + LINE, "middle"
     for up in (-r - 2, r + LINE - 2):

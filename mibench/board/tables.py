@@ -95,6 +95,7 @@ def _columns() -> _Columns:
         "rank": place,
         "defense": lambda row: row.label,
         "badge": lambda row: row.level.value,
+        "attack": lambda row: row.attack,
         "accuracy": accuracy,
         "points lost": _drop,
     }

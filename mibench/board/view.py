@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pydantic import JsonValue
 
 from mibench.board import words
-from mibench.board.model import BestKnown, Board, Level, Listed, Row
+from mibench.board.model import BestKnown, Board, CheckLine, Level, Listed, Row
 from mibench.files import canonical_json
 from mibench.params import parse_yaml
 from mibench.record import Component, Record, Score
@@ -22,6 +22,8 @@ NAMES = {
     "reid-top5": "found in 5", "reid-mrr": "reciprocal rank", "recognition": "recognised",
 }  # fmt: skip
 """What metrics are called on the pages."""
+YES_OR_NO = {"recognition", "reid-top1", "reid-top5"}
+"""Metrics that an image meets or not."""
 UNSCORED = "not scored under this protocol"
 UNKNOWN = "the record has no accuracy"
 
@@ -150,11 +152,10 @@ def _seeds(row: Row) -> Cell:
 
 COLUMNS = (
     Column("rank", "Rank", "", "Place by the larger leakage among the ranked rows of a protocol. "
-           "A range where intervals overlap: those rows cannot be told apart.", _rank),
+           "A range where intervals overlap: the places that they allow.", _rank),
     Column("defense", "Defense", "", "Name, and the parameters that differ from its defaults. "
            "Leads to its page.", lambda row: Cell(row.label, value=row.label), text=True),
-    Column("badge", "Badge", "", "How far others than its authors have verified the row: claimed, "
-           "rescored or reproduced.",
+    Column("badge", "Badge", "", "How far the row was verified: claimed, rescored or reproduced.",
            lambda row: Cell(row.level, value=str(list(Level).index(row.level))), descending=True),
     Column("accuracy", "Accuracy", "Task, %", "Share of private images that are classified "
            "rightly, with the defense on. Below it the 95 % interval.", _accuracy,
@@ -177,8 +178,8 @@ COLUMNS = (
     Column("leak-reid", "Found", "Leakage", "The same of the share of images that are found.",
            _leaked("reid-top1")),
     Column("gain-ssim", "SSIM", "Gain over noise", "Leakage of Gaussian noise at the same "
-           "accuracy, less the row's own. Not above 0: no better than noise.", _gained("ssim"),
-           descending=True),
+           "accuracy, less the row's own under the attack of the noise curve. Not above 0: no "
+           "better than noise.", _gained("ssim"), descending=True),
     Column("gain-reid", "Found", "Gain over noise", "The same of the share of images that are "
            "found.", _gained("reid-top1"), descending=True),
     Column("flops", "FLOPs", "Client", "Work of the client per image, as a multiple of the "
@@ -247,6 +248,10 @@ def scores_table(row: Row) -> list[Line]:
 
 
 def _plain(value: float | None, metric: str, reason: str | None) -> Cell:
+    if metric in YES_OR_NO:
+        return Cell(
+            words.DASH, why="of each image it is 0 or 1, so that only the mean says something"
+        )
     if value is None:
         return Cell(words.DASH, why=reason or "not recorded")
     return Cell(words.number(value, words.digits(metric)))
@@ -366,6 +371,13 @@ def provenance(record: Record) -> list[tuple[str, str]]:
     if isinstance(packages, dict):
         told.append(("packages", ", ".join(f"{k} {v}" for k, v in sorted(packages.items()))))
     return told
+
+
+def tally(checks: Sequence[CheckLine]) -> str:
+    """How many checks had which verdict, such as ``13 passed, 9 skipped``."""
+    verdicts = [one.verdict for one in checks]
+    order = sorted(set(verdicts), key=lambda one: (one != "passed", one != "skipped", one))
+    return ", ".join(f"{verdicts.count(one)} {one}" for one in order)
 
 
 def commands(one: Listed, version: str) -> list[tuple[str, str]]:

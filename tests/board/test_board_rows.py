@@ -248,9 +248,39 @@ def test_gain_has_a_reason_where_it_cannot_be_had(root):
         "noise (snr_db=-6.0)": "it is the noise that others are compared with",
         "vib": "an accuracy of 65.0 % lies below the last point of the noise curve, 70.0 %",
         "mid": "it was not attacked with decoder, as noise was",
-        "cem": "noise, or the undefended split, of seed 1 was not measured",
+        "cem": "it departs from the protocol, and noise does not",
     }
     assert all(row.gain["ssim"].value is None for row in only(root).rows)
+
+
+def test_gain_waits_for_noise_of_the_same_seed(root):
+    noises(root, protocol_id=THREE)
+    row_on(root, defense="cem", seed=1, protocol_id=THREE)
+    assert by_label(root)["cem"].gain["ssim"].reason == (
+        "noise, or the undefended split, of seed 1 was not measured"
+    )
+
+
+def test_another_seed_than_the_protocols_moves_neither_gain_nor_front(root):
+    noises(root)
+    row_on(root, defense="mid", ssim=0.5, found=0.5, accuracy=0.73)
+    row_on(root, defense="vib", ssim=0.9, found=0.9, accuracy=0.72)
+    before = by_label(root)["vib"]
+    assert not before.pareto
+    noises(root, seed=7)
+    row_on(root, defense="vib", ssim=0.1, found=0.1, accuracy=0.72, seed=7)
+    after = by_label(root)["vib"]
+    assert [one.record.seed for one in after.others] == [7]
+    assert not after.pareto
+    assert after.gain == before.gain
+
+
+def test_of_two_runs_of_noise_the_first_that_was_made_counts(root):
+    later, first = "2026-03-01T00:00:00+00:00", "2026-02-01T00:00:00+00:00"
+    for started, ssim in ((later, 0.2), (first, 0.8)):
+        row_on(root, defense="noise", attack="decoder", ssim=ssim, accuracy=0.74, started=started)
+    (low, _) = only(root).noise["ssim"]
+    assert low[1].value == pytest.approx(0.8, abs=1e-6)
 
 
 def test_without_noise_there_is_no_gain(root):
@@ -401,6 +431,55 @@ def test_a_submitted_attack_is_shown_where_it_gets_more(root):
     row = by_label(root)["vib"]
     assert {metric: one.by for metric, one in row.best_known.items()} == {"ssim": "strong"}
     assert row.rank == (1, 1)  # the rank stays that of the protocol's own attacks
+
+
+def attack_of_doe(root, *, level=Level.RESCORED, **chosen):
+    """A run of somebody's own attack on a built-in defense; returns its id."""
+    values, table = numbers(defense="vib", attack="decoder", **chosen)
+    values["attack"] |= {"name": "sharp", "location": "./sharp.py:Sharp", "params": {"steps": 9}}
+    values["deviations"] = [
+        "attack.steps set by hand", "attack ./sharp.py:Sharp is none of the protocol's",
+        *values["deviations"],
+    ]  # fmt: skip
+    values["protocol"]["ranked"] = False
+    values["calibration"] = []
+    origin = Origin(kind="submission", submission="doe-sharp", authors=["Doe"])
+    return put(root, values, table, level=level, origin=origin)
+
+
+def test_a_submitted_attack_stands_in_the_row_of_its_defense(root):
+    row_on(root, defense="vib", ssim=0.3, found=0.3)
+    name = attack_of_doe(root, ssim=0.5, found=0.2)
+    (row,) = only(root).rows
+    assert row.label == "vib"
+    assert row.rank == (1, 1)
+    assert row.leakage["ssim"].value == pytest.approx(0.3, abs=1e-6)
+    assert [one.id for one in row.others] == [name]
+    assert "reid-top1" not in row.best_known
+    assert row.best_known["ssim"].by == "doe-sharp"
+    assert row.best_known["ssim"].origin.authors == ["Doe"]
+
+
+@pytest.mark.parametrize("why", ["claimed", "seed", "advisory"])
+def test_a_submitted_attack_that_does_not_count_is_not_best_known(root, why):
+    row_on(root, defense="vib", ssim=0.3, found=0.3)
+    level = Level.CLAIMED if why == "claimed" else Level.RESCORED
+    name = attack_of_doe(root, ssim=0.5, level=level, seed=7 if why == "seed" else 0)
+    if why == "advisory":
+        layout.advisories(root).mkdir()
+        told = Advisory(id="A", date="2026-03-01", title="t", text="t", records=[name])
+        (layout.advisories(root) / "A.yaml").write_bytes(pretty_json(told.model_dump(mode="json")))
+    (row,) = only(root).rows
+    assert row.best_known is None
+    assert row.rank == (1, 1)
+
+
+def test_a_submitted_attack_alone_has_the_defenses_name(root):
+    attack_of_doe(root, ssim=0.5)
+    (row,) = only(root).rows
+    assert row.label == "vib"
+    assert row.attack == "sharp"
+    assert row.rank is None
 
 
 def test_an_empty_folder_is_an_empty_board(root):

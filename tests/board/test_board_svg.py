@@ -82,13 +82,31 @@ def test_labels_cover_neither_each_other_nor_the_marks(section):
     plot = svg.tradeoff(replace(section, rows=many), "ssim", "SSIM")
     named = [mark for mark in plot.marks if mark.label]
     assert 0 < len(named) < len(many)
-    boxes = [svg._box(mark, mark.label_x, mark.label_y, mark.anchor) for mark in named]
+    boxes = [svg._text(mark.label_x, mark.label_y, mark.label, mark.anchor) for mark in named]
     assert not any(svg._overlap(a, b) for a, b in itertools.combinations(boxes, 2))
     for box, own in zip(boxes, named, strict=True):
         for mark in plot.marks:
             if mark is not own:
-                around = (mark.x - mark.r, mark.y - mark.r, mark.x + mark.r, mark.y + mark.r)
-                assert not svg._overlap(box, around)
+                assert not svg._overlap(box, svg._around(mark))
+    for level in plot.levels:
+        text = svg._text(level.x, level.y - 4, level.text, level.anchor)
+        assert not any(svg._overlap(text, box) for box in boxes)
+
+
+def test_the_front_is_a_line_only_where_nobody_passes_it(section):
+    def row(at, accuracy, leak, **changes):
+        first = section.rows[0]
+        leakage = {name: score(leak, metric=name) for name in first.leakage}
+        return replace(first, slug=f"row-{at}", accuracy=accuracy, leakage=leakage, **changes)
+
+    front = (row(0, 0.5, 0.1, pareto=True), row(1, 0.7, 0.6, pareto=True))
+
+    def styles(*others):
+        plot = svg.tradeoff(replace(section, rows=(*front, *others)), "ssim", "SSIM")
+        return [line.style for line in plot.lines]
+
+    assert "front" in styles(row(2, 0.6, 0.7, pareto=False))
+    assert "front" not in styles(row(2, 0.75, 0.5, pareto=False))
 
 
 def test_the_tooltip_has_the_whole_label_and_the_interval(section):

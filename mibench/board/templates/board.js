@@ -98,7 +98,8 @@
     }
   };
 
-  for (const head of all("table.board thead [data-key]")) {
+  const sortable = tables.filter((table) => all("tr[data-text]", table).length > 2);
+  for (const head of sortable.flatMap((table) => all("thead [data-key]", table))) {
     const button = document.createElement("button");
     button.type = "button";
     button.append(...head.childNodes);

@@ -8,7 +8,7 @@
   tip.hidden = true;
   document.body.append(tip);
 
-  const tell = (element) => {
+  const tell = (element, focused) => {
     tip.replaceChildren(
       ...element.dataset.tip.split("\n").map((text) => {
         const line = document.createElement("div");
@@ -17,6 +17,8 @@
       }),
     );
     tip.hidden = false;
+    // Marks of plots have all of it in their label already.
+    if (focused && !focused.hasAttribute("aria-label")) focused.setAttribute("aria-describedby", tip.id);
     const box = element.getBoundingClientRect();
     const width = Math.min(tip.offsetWidth, innerWidth - 16);
     const left = Math.min(Math.max(8, box.left + box.width / 2 - width / 2), innerWidth - width - 8);
@@ -38,8 +40,11 @@
   for (const element of all("[data-tip]")) {
     element.addEventListener("pointerenter", () => tell(element));
     element.addEventListener("pointerleave", hush);
-    element.addEventListener("focusin", () => tell(element));
-    element.addEventListener("focusout", hush);
+    element.addEventListener("focusin", (event) => tell(element, event.target));
+    element.addEventListener("focusout", (event) => {
+      event.target.removeAttribute("aria-describedby");
+      hush();
+    });
   }
   addEventListener("keydown", (event) => {
     if (event.key === "Escape") hush();
