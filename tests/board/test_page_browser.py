@@ -258,6 +258,27 @@ def test_headings_and_dashes_explain_themselves(index):
 # --- keyboard, phone, dark, print, no scripts ----------------------------------------------------
 
 
+def test_what_is_told_on_focus_is_tied_to_its_element(index):
+    dash = index.locator(".why").first
+    text = dash.get_attribute("data-tip")
+    dash.focus()
+    tied = dash.get_attribute("aria-describedby")
+    assert index.locator(f"#{tied}").inner_text() == text
+    index.locator("h1 a, nav a").first.focus()
+    assert dash.get_attribute("aria-describedby") is None
+
+
+def test_the_filter_hides_no_heading_that_one_jumps_to(index):
+    index.evaluate("document.body.style.paddingBottom = '200vh'")  # room to scroll so far
+    for link in index.locator("nav a").all():
+        link.click()
+        target = index.locator(f"{link.get_attribute('href')} > h2")
+        index.wait_for_function("scrollY > 0")
+        bar = index.locator("form.filters").bounding_box()
+        assert target.bounding_box()["y"] >= bar["y"] + bar["height"]
+        index.evaluate("scrollTo(0, 0)")
+
+
 def test_the_keyboard_is_enough(index):
     index.keyboard.press("Tab")
     assert index.evaluate("document.activeElement.className") == "skip"
