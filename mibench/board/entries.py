@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -86,6 +86,11 @@ class Contents:
     held: Mapping[str, Held]
     best_known: tuple[BestKnown, ...]
     advisories: tuple[Advisory, ...]
+
+
+def by_start(held: Iterable[Held]) -> list[Held]:
+    """The one that was made first stands first: of two runs of one attack and seed it counts."""
+    return sorted(held, key=lambda one: (one.record.started, one.listed.id))
 
 
 # --- reading -------------------------------------------------------------------------------------

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mibench.board import gain as over_noise
 from mibench.board.columns import DIGITS, column, leakage_fields, rounded, score_of
-from mibench.board.entries import Held
+from mibench.board.entries import Held, by_start
 from mibench.board.model import Entry, Level
 from mibench.board.names import defaults_of, word
 from mibench.evaluate import OVER_BUDGET
@@ -32,7 +32,7 @@ class Noise:
     """
 
     def __init__(self, held: Sequence[Held]) -> None:
-        self._held = _by_start(
+        self._held = by_start(
             one for one in held if _may_bend(one.listed.entry) and not _off_curve(one.record)
         )
         self._noise = [one for one in self._held if _is_noise(one.record)]
@@ -114,7 +114,7 @@ class Noise:
         """Runs of a row that met the curve's attack, alone or in a suite, by seed."""
         return {
             one.record.seed: one
-            for one in reversed(_by_start(runs))
+            for one in reversed(by_start(runs))
             if self.attack in _attacks(one) and not _off_curve(one.record)
         }
 
@@ -231,11 +231,6 @@ def _off_curve(record: Record) -> bool:
     A client that costs too much is still attacked like all others.
     """
     return not all(one.startswith(OVER_BUDGET) for one in record.deviations)
-
-
-def _by_start(held: Iterable[Held]) -> list[Held]:
-    """The first that was made first: of two runs of one attack and seed that one counts."""
-    return sorted(held, key=lambda one: (one.record.started, one.listed.id))
 
 
 def _is_undefended(record: Record) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from mibench.board import rules
 from mibench.board.columns import accuracy_of, leakage_over_seeds, over_seeds
 from mibench.board.conditions import Condition, concerns, key_of, reasons_against
-from mibench.board.entries import Contents, Held, read
+from mibench.board.entries import Contents, Held, by_start, read
 from mibench.board.model import (
     BestKnown,
     Board,
@@ -124,13 +124,12 @@ def _backbone(record: Record) -> str:
 
 def _group(held: Held, *, superseded: bool) -> str:
     """What runs of one row have in common, as a short name; they may differ in attack and seed."""
-    own = is_own_attack(held.record)
-    departures = [
-        one
-        for one in held.record.deviations
-        if not OTHER_SEED.match(one) and not (own and OTHER_ATTACK.match(one))
-    ]
-    return content_id({**_made(held), "deviations": departures, "superseded": superseded})
+    made = _made(held)
+    departures = [one for one in held.record.deviations if not OTHER_SEED.match(one)]
+    if is_own_attack(held.record):  # its maker made nothing of the defense
+        made["submission"] = None
+        departures = [one for one in departures if not OTHER_ATTACK.match(one)]
+    return content_id({**made, "deviations": departures, "superseded": superseded})
 
 
 def _made(held: Held) -> dict[str, Json]:
@@ -143,7 +142,7 @@ def _made(held: Held) -> dict[str, Json]:
         # The version of a built-in says that it gives the same; of others, the code alone does.
         "code": defense.code if defense.location is not None else None,
         "backbone": [record.backbone.name, record.backbone.params],
-        "submission": None if is_own_attack(record) else origin.submission,
+        "submission": origin.submission,
         "manifest": record.manifest,
         "adversary": None
         if who is None
@@ -164,8 +163,6 @@ def _superseded(held: Mapping[str, Held]) -> dict[str, str]:
             continue
         same = _made(one) == _made(other) and one.record.seed == other.record.seed
         same = same and one.record.attack.name == other.record.attack.name
-        makers = [each.listed.entry.origin.submission for each in (one, other)]
-        same = same and makers[0] == makers[1]
         levels = list(Level)
         far = levels.index(one.listed.entry.level) >= levels.index(other.listed.entry.level)
         if same and far:
@@ -245,7 +242,7 @@ def _headline(runs: Sequence[Held]) -> list[Held]:
     ours = [one for one in runs if not is_own_attack(one.record)] or runs
     meant = [one for one in ours if not _of_another_seed(one)]
     by_attack: dict[str, dict[int, Held]] = {}
-    for one in sorted(meant or ours, key=lambda one: (one.record.started, one.listed.id)):
+    for one in by_start(meant or ours):
         by_attack.setdefault(one.record.attack.name, {}).setdefault(one.record.seed, one)
     name = SUITE
     if SUITE not in by_attack:

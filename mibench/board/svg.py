@@ -216,7 +216,7 @@ def tradeoff(section: Section, metric: str, named: str) -> Plot | None:
         Level(up.at(1.0), "no defense", LEFT + 4, "start"),
     )
     drawn += [[(LEFT, one.y), (WIDTH - RIGHT, one.y)] for one in levels]
-    written = [_text(one.x, one.y - 4, one.text, one.anchor) for one in levels]
+    written = [_text(one.text, one.x, one.y - 4, one.anchor) for one in levels]
     marks = [_row_mark(row, _leakage(row, metric), named, across, up) for row in shown]
     order = sorted(range(len(marks)), key=lambda at: _importance(shown[at], at))
     return Plot(
@@ -375,11 +375,7 @@ def _labelled(
     taken += written
     placed = []
     for own, mark in enumerate(marks):
-        found = [
-            (place, _text(x, y, mark.label, anchor))
-            for place in _places(mark)
-            for x, y, anchor in [place]
-        ]
+        found = [(place, _text(mark.label, *place)) for place in _places(mark)]
         found.sort(key=lambda one: any(_overlap(one[1], bit) for bit in lines))
         for (x, y, anchor), box in found:
             inside = (
@@ -402,7 +398,7 @@ def _around(mark: Mark) -> _Box:
     return mark.x - far, mark.y - far, mark.x + far, mark.y + far
 
 
-def _text(x: float, y: float, text: str, anchor: str) -> _Box:
+def _text(text: str, x: float, y: float, anchor: str) -> _Box:
     width = LETTER * len(text)
     left = {"start": x, "middle": x - width / 2, "end": x - width}[anchor]
     return left, y - LINE + 3, left + width, y + 2

@@ -82,14 +82,14 @@ def test_labels_cover_neither_each_other_nor_the_marks(section):
     plot = svg.tradeoff(replace(section, rows=many), "ssim", "SSIM")
     named = [mark for mark in plot.marks if mark.label]
     assert 0 < len(named) < len(many)
-    boxes = [svg._text(mark.label_x, mark.label_y, mark.label, mark.anchor) for mark in named]
+    boxes = [svg._text(mark.label, mark.label_x, mark.label_y, mark.anchor) for mark in named]
     assert not any(svg._overlap(a, b) for a, b in itertools.combinations(boxes, 2))
     for box, own in zip(boxes, named, strict=True):
         for mark in plot.marks:
             if mark is not own:
                 assert not svg._overlap(box, svg._around(mark))
     for level in plot.levels:
-        text = svg._text(level.x, level.y - 4, level.text, level.anchor)
+        text = svg._text(level.text, level.x, level.y - 4, level.anchor)
         assert not any(svg._overlap(text, box) for box in boxes)
 
 
